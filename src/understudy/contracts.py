@@ -1,0 +1,183 @@
+"""The types that the parts agree on: a micro-batch, a sum of losses, an objective, a strategy.
+
+Shape letters: T tokens of a flat micro-batch, D its documents, N its supervised positions, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "GlobalBatch",
+    "LazyTensor",
+    "LossSum",
+    "Objective",
+    "Strategy",
+    "TensorSpec",
+    "TokenLoss",
+    "TokenLossResult",
+]
+
+IGNORED = -100
+"""Label of a position that is not supervised, the value PyTorch's cross-entropy ignores."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One flat micro-batch on one rank: several documents end to end, never padded (P3)."""
+
+    tokens: Tensor
+    """[T] int64."""
+    labels: Tensor
+    """[T] int64, already shifted: labels[t] is the token after tokens[t]; IGNORED where unsupervised."""
+    positions: Tensor
+    """[T] int64, restarts at 0 in each document."""
+    document_offsets: Tensor
+    """[D+1] int32, first 0, last T. Always on the CPU: kernels' launch parameters are read from it without a sync."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with `tokens`, `labels` and `positions` on `device`; offsets stay on the CPU."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+        )
+
+    @staticmethod
+    def of(documents: Sequence[tuple[Tensor, Tensor]]) -> Batch:
+        """Joins documents, each `(tokens [L] int64, labels [L] int64)`. None at all gives an *empty* batch: one token
+        with no label, so that a rank without work still enters every collective and its gradients are exact zeros."""
+        if not documents:
+            documents = [(torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORED))]
+        lengths = torch.tensor([len(tokens) for tokens, _ in documents])
+        return Batch(
+            tokens=torch.cat([tokens for tokens, _ in documents]),
+            labels=torch.cat([labels for _, labels in documents]),
+            positions=torch.cat([torch.arange(int(length)) for length in lengths]),
+            document_offsets=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(torch.int32),
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What one optimizer step trains on: this rank's micro-batches, and counts over all ranks."""
+
+    micro_batches: tuple[Batch, ...]
+    """On the CPU; equal in number on every rank, some may be empty."""
+    num_tokens: int
+    """Supervised tokens of the global batch, the divisor of P2."""
+    num_input_tokens: int
+    """Real tokens of the global batch, supervised or not; what throughput counts."""
+    examples: tuple[int, ...]
+    """Ids of the global batch's examples, in order, the same at any world size."""
+    epoch: float
+    """Epochs completed once this step is done."""
+
+
+class LossSum(NamedTuple):
+    """Sums over supervised tokens, never means."""
+
+    loss: Tensor
+    """Scalar fp32, nats summed."""
+    num_tokens: Tensor
+    """Scalar int64, supervised tokens summed over."""
+    metrics: dict[str, Tensor]
+    """Other scalar sums over the same tokens, such as `correct`."""
+
+
+class TokenLossResult(NamedTuple):
+    loss: Tensor
+    """Scalar fp32: the sum over the rows."""
+    grad_logits: Tensor
+    """[N, V] fp32: its gradient; may be the memory of the logits given."""
+    metrics: dict[str, Tensor]
+    """Scalar sums over the rows."""
+
+
+class TokenLoss(Protocol):
+    """A loss of logits, one chunk of supervised positions at a time, gradient included (P4)."""
+
+    def __call__(self, logits: Tensor, rows: slice) -> TokenLossResult:
+        """`logits` [n, V] fp32 belong to supervised positions `rows` (n of the batch's N). May overwrite `logits`."""
+        ...
+
+
+class Objective(Protocol):
+    def prepare(self, batch: Batch) -> Batch:
+        """Adds what a teacher supplies. Runs without gradient, on the batch's device."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        """Runs `model(batch, token_loss)` and returns sums; `model` may be wrapped by a strategy."""
+        ...
+
+
+class TensorSpec(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class LazyTensor(Protocol):
+    """A tensor on disk of which only the part asked for is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        """That part, on the CPU, in the stored dtype."""
+        ...
+
+
+class Strategy(Protocol):
+    """How the data-parallel axis stores state. Every method is a collective: all ranks call it, in the same order.
+
+    Names are canonical: the Hugging Face parameter names, whatever wraps the module. A tied parameter has one name.
+    """
+
+    def build(
+        self,
+        make_model: Callable[[], nn.Module],
+        make_optimizer: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer],
+    ) -> None:
+        """Builds module and optimizer; `make_model` gives a `LanguageModel` whose parameters are on the meta device and
+        whose buffers are real. Parameters hold nothing meaningful until `load_state`."""
+        ...
+
+    def load_state(self, read: Callable[[str], LazyTensor]) -> None:
+        """Sets weights from `read(name)`; each rank reads only what it holds."""
+        ...
+
+    def layout(self) -> Mapping[str, TensorSpec]:
+        """Name, full shape and dtype of each weight that `state` yields, in order; the same on every rank."""
+        ...
+
+    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        """Full weights in `layout` order, one at a time, on the CPU; a rank yields only those it owns."""
+        ...
+
+    def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
+        """Accumulates ∂(Σ loss over the global batch) / ∂θ ÷ num_tokens (P2). Returns the sums over all ranks."""
+        ...
+
+    def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
+        """Clips, steps, clears gradients. Returns the global gradient norm before clipping, fp32; when it is not finite
+        nothing is changed."""
+        ...
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
+        """Sums over all ranks, without gradient, module in eval mode."""
+        ...
+
+    def logits(self, batch: Batch, at: Tensor) -> Tensor:
+        """[len(at), V] fp32 logits at token indices `at` of `batch`, without gradient, module in eval mode. Every rank
+        passes its own batch and gets its own logits."""
+        ...

@@ -1,0 +1,230 @@
+"""What a recipe may say: one class a section, each default in one place, frozen once built. Imports no torch.
+
+Each field's description is what `understudy schema` shows in an editor. Checks over several fields are in `rules`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+
+from understudy.recipe.presets import expand_kind, expand_strategy
+
+__all__ = [
+    "CausalLM",
+    "Cluster",
+    "DDP",
+    "FSDP",
+    "Data",
+    "DataSource",
+    "DeepSpeed",
+    "Evaluation",
+    "Logging",
+    "Model",
+    "Optimizer",
+    "Parallel",
+    "Recipe",
+    "Schedule",
+    "Strategy",
+    "Training",
+]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A mapping in a recipe: immutable, unknown keys refused, numbers never made from strings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    path: str | None = None
+    """Hub id or directory of the model to train; may be left out with `init: random`."""
+    revision: str | None = None
+    """Hub branch, tag or commit."""
+    tokenizer: str | None = None
+    """Hub id or directory of the tokenizer; the model's own when left out."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """`random` builds the architecture from `config` and reads no weights."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Overrides of the model's configuration; with `init: random` and no `path` also `model_type` and the sizes."""
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+    """Attention kernel; every one keeps documents apart."""
+    trust_remote_code: bool = False
+    """Run code that ships with the model. Honoured from the command line only."""
+
+
+class DataSource(Section):
+    path: str
+    """File, directory, glob or Hub id; json, jsonl, parquet, csv, arrow or txt, compressed or not."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "text"] = "auto"
+    """How a row is read."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our field: their column."""
+    split: str = "train"
+    """Split of a Hub data set."""
+    max_samples: PositiveInt | None = None
+    """Use only the first so many rows."""
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    """How often an epoch holds each example: 2.0 twice, 0.5 half of them, another half each epoch."""
+
+
+class Data(Section):
+    train: Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)]
+    """Where the training examples come from."""
+    eval: Annotated[tuple[DataSource, ...], Field(min_length=1, strict=False)] | None = None
+    """Where the evaluation examples come from."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Take this much of the training data for evaluation instead, the same examples each time."""
+    max_length: Annotated[int, Field(ge=2)] = 2048
+    """Longest example, in tokens."""
+    overflow: Literal["truncate", "drop", "split"] = "truncate"
+    """What happens to a longer one."""
+    chat_template: str | None = None
+    """A Jinja string or file; the tokenizer's own when left out."""
+    train_on_prompt: bool = False
+    """Supervise every token, not only what the assistant says."""
+    num_workers: PositiveInt | Literal["auto"] = "auto"
+    """Processes that tokenise."""
+
+
+class CausalLM(Section):
+    kind: Literal["causal_lm"] = "causal_lm"
+    """Next-token cross-entropy."""
+
+
+class Optimizer(Section):
+    kind: Literal["adamw", "adamw_bf16", "adamw_8bit", "adafactor", "lion", "muon", "sgd"] = "adamw"
+    """`adamw_bf16` keeps bf16 weights and moments with Kahan summation; `adamw_8bit` keeps 8-bit moments."""
+    learning_rate: Annotated[float, Field(gt=0.0)] = 2.0e-5
+    """Peak learning rate."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """Decoupled weight decay; norms and biases get none."""
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    """Decay of the first and second moment (Adam, Lion); the first is the momentum of Muon."""
+    eps: Annotated[float, Field(gt=0.0)] = 1.0e-8
+    """Added to the denominator (Adam, Muon's AdamW part)."""
+    momentum: Fraction = 0.0
+    """Momentum of SGD."""
+
+
+class Schedule(Section):
+    kind: Literal["cosine", "linear", "constant", "polynomial", "wsd", "step"] = "cosine"
+    """`wsd` is warmup, stable, decay; `step` multiplies by `gamma` every `step_epochs` epochs."""
+    warmup_ratio: Fraction = 0.03
+    """Share of the steps that warm up, linearly from zero."""
+    min_ratio: Fraction = 0.1
+    """Final learning rate, as a share of the peak."""
+    power: Annotated[float, Field(gt=0.0)] = 1.0
+    """Exponent of `polynomial`."""
+    decay_ratio: Fraction = 0.1
+    """Share of the steps in the last phase of `wsd`."""
+    gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Factor of `step`."""
+    step_epochs: PositiveInt = 1
+    """Epochs between two factors of `step`."""
+
+
+class Training(Section):
+    epochs: Annotated[float, Field(gt=0.0)] = 3
+    """Passes over the training data; ignored when `max_steps` is given."""
+    max_steps: PositiveInt | None = None
+    """Optimizer steps, over as many epochs as they take."""
+    global_batch_size: PositiveInt = 32
+    """Examples a step, over all devices."""
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most tokens a device holds at once."""
+    max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """Clip the global gradient norm to this."""
+    precision: Literal["auto", "bf16", "fp16", "fp32", "pure_bf16"] = "auto"
+    """bf16 computes in bf16 over fp32 master weights; pure_bf16 keeps weights and moments in bf16 too."""
+    activation_checkpointing: Literal["auto", "none", "full", "selective"] = "auto"
+    """Recompute activations in the backward pass to save memory."""
+    compile: bool = False
+    """Compile each decoder layer."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Order of examples, dropout, and random initial weights."""
+    deterministic: bool = False
+    """Only kernels whose result is the same on each run."""
+
+
+class DDP(Section):
+    kind: Literal["ddp"] = "ddp"
+
+
+class FSDP(Section):
+    kind: Literal["fsdp"] = "fsdp"
+    sharding: Literal["full_shard", "shard_grad_op", "no_shard", "hybrid_shard"] = "full_shard"
+    """`hybrid_shard` shards inside each of `parallel.replicate` groups and replicates over them."""
+    offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory."""
+
+
+class DeepSpeed(Section):
+    kind: Literal["deepspeed"] = "deepspeed"
+    stage: Literal[0, 1, 2, 3] | None = None
+    """ZeRO stage; the config file's when one is given, else 2."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] | None = None
+    """Where optimizer state lives; the config file's when one is given, else none."""
+    offload_parameters: Literal["none", "cpu", "nvme"] | None = None
+    """Where ZeRO-3 parameters live; the config file's when one is given, else none."""
+    nvme_path: str | None = None
+    """Directory on the NVMe disk for `nvme`."""
+    config: str | None = None
+    """A DeepSpeed JSON file, taken as it is with "auto" filled in."""
+
+
+Strategy = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
+
+
+class Parallel(Section):
+    replicate: PositiveInt = 1
+    """Groups that hold a full copy each, for `hybrid_shard`."""
+
+
+class Evaluation(Section):
+    every: Annotated[int, Field(gt=0)] | OpenFraction | None = None
+    """Steps, or a fraction of the run, between evaluations; only at the end when left out."""
+    max_batches: PositiveInt | None = None
+    """Evaluate on at most so many micro-batches a process."""
+    samples: Annotated[int, Field(ge=0)] = 0
+    """Answer so many evaluation prompts greedily, before training and at each evaluation, and count exact matches."""
+
+
+class Logging(Section):
+    every: PositiveInt = 1
+    """Steps between logged rows."""
+    sinks: Annotated[tuple[Literal["console", "jsonl", "tensorboard"], ...], Field(strict=False)] = (
+        "console",
+        "jsonl",
+        "tensorboard",
+    )
+    """Where they go."""
+
+
+class Cluster(Section):
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Processes to start: one a device, or one on a machine without."""
+
+
+class Recipe(Section):
+    """A whole recipe. `name` and `output_dir` are filled in by the loader when left out."""
+
+    name: str
+    """Name of the run; the recipe file's stem when left out."""
+    output_dir: str
+    """The run directory; runs/<name> when left out."""
+    model: Model
+    data: Data
+    objective: Annotated[CausalLM, BeforeValidator(expand_kind)] = CausalLM()
+    optimizer: Annotated[Optimizer, BeforeValidator(expand_kind)] = Optimizer()
+    schedule: Annotated[Schedule, BeforeValidator(expand_kind)] = Schedule()
+    training: Training = Training()
+    strategy: Annotated[Strategy | Literal["auto"], BeforeValidator(expand_strategy)] = "auto"
+    parallel: Parallel = Parallel()
+    evaluation: Evaluation = Evaluation()
+    logging: Logging = Logging()
+    cluster: Cluster = Cluster()
