@@ -1,0 +1,70 @@
+"""Elementwise optimizers over FSDP2 parameters: each rank updates its own shard as a plain tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+__all__ = ["LocalShards", "over_local_shards"]
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+def over_local_shards(groups: list[dict[str, Any]], make: MakeOptimizer) -> torch.optim.Optimizer:
+    """`make(groups)`, over local shards where parameters are DTensors.
+
+    Only for optimizers whose update of an element depends on that element alone. Kernels written for plain tensors
+    (bitsandbytes, Triton) then work on sharded parameters, without a DTensor dispatch for every operation.
+    """
+    if any(isinstance(parameter, DTensor) for group in groups for parameter in group["params"]):
+        return LocalShards(groups, make)
+    return make(groups)
+
+
+class LocalShards(torch.optim.Optimizer):
+    """An optimizer over DTensors that runs another over their local shards. `state` holds local tensors."""
+
+    def __init__(self, groups: list[dict[str, Any]], make: MakeOptimizer) -> None:
+        self._shards = {
+            parameter: nn.Parameter(_local(parameter).detach(), requires_grad=parameter.requires_grad)
+            for group in groups
+            for parameter in group["params"]
+        }
+        self._inner = make([self._with_params(group, self._shards.__getitem__) for group in groups])
+        outer = {shard: parameter for parameter, shard in self._shards.items()}
+        inner_groups = self._inner.param_groups
+        super().__init__([self._with_params(group, outer.__getitem__) for group in inner_groups], self._inner.defaults)
+
+    @staticmethod
+    def _with_params(group: dict[str, Any], translate: Callable[[nn.Parameter], nn.Parameter]) -> dict[str, Any]:
+        return {**group, "params": [translate(parameter) for parameter in group["params"]]}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("the gradient is computed before the step; a closure would compute it again.")
+        for parameter, shard in self._shards.items():
+            # FSDP2 may move a shard to another storage (offload, a load), and a rank may hold no element of it.
+            shard.data = _local(parameter)
+            shard.grad = None if parameter.grad is None or shard.numel() == 0 else _local(parameter.grad)
+            if parameter in self.state:
+                self._inner.state[shard] = self.state[parameter]
+        # The groups' settings, and what the inner optimizer keeps in them, such as a step count.
+        for mine, inner in zip(self.param_groups, self._inner.param_groups):
+            inner.update({key: value for key, value in mine.items() if key != "params"})
+        self._inner.step()
+        for mine, inner in zip(self.param_groups, self._inner.param_groups):
+            mine.update({key: value for key, value in inner.items() if key != "params"})
+        for parameter, shard in self._shards.items():
+            shard.grad = None
+            if shard in self._inner.state:
+                self.state[parameter] = self._inner.state[shard]
+        return None
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
