@@ -9,10 +9,27 @@ from pathlib import Path
 
 from understudy.errors import UserError
 
-__all__ = ["RENDEZVOUS_VARIABLE", "ProcessEnvironment", "cache_directory", "process_environment"]
+__all__ = [
+    "CONSOLE_VARIABLE",
+    "LAUNCHER_VARIABLE",
+    "RENDEZVOUS_VARIABLE",
+    "ProcessEnvironment",
+    "cache_directory",
+    "child_environment",
+    "chosen_threads",
+    "console_descriptor",
+    "launcher_process",
+    "process_environment",
+]
 
 RENDEZVOUS_VARIABLE = "UNDERSTUDY_RENDEZVOUS"
 """Set by our own local launcher: the `init_method` URL of the process group, a file that needs no port."""
+
+CONSOLE_VARIABLE = "UNDERSTUDY_CONSOLE"
+"""Set by our own local launcher for rank 0: the file descriptor of the launcher's own standard output."""
+
+LAUNCHER_VARIABLE = "UNDERSTUDY_LAUNCHER"
+"""Set by our own local launcher: its process id."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,26 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "understudy"
 
 
+def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
+    """What a process that we start gets: all that we got, and `additions`."""
+    return {**os.environ, **additions}
+
+
+def chosen_threads() -> int | None:
+    """Threads a process, when the user set OMP_NUM_THREADS."""
+    return _number(os.environ, "OMP_NUM_THREADS") if "OMP_NUM_THREADS" in os.environ else None
+
+
+def console_descriptor() -> int | None:
+    """The file descriptor our local launcher gave this process to reach the user; None outside of it."""
+    return _number(os.environ, CONSOLE_VARIABLE) if CONSOLE_VARIABLE in os.environ else None
+
+
+def launcher_process() -> int | None:
+    """The process id of our local launcher; None outside of it."""
+    return _number(os.environ, LAUNCHER_VARIABLE) if LAUNCHER_VARIABLE in os.environ else None
+
+
 def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment | None:
     """The place that torchrun, accelerate, deepspeed, srun or our own launcher gave this process; None outside of them.
 
@@ -52,12 +89,16 @@ def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvi
     local_rank = _number(env, names[2], default=rank)
     local_world_size = _number(env, names[3], default=_number(env, "LOCAL_SIZE", default=world_size))
     if not 0 <= rank < world_size:
-        raise UserError(f"{names[0]}={rank} lies outside {names[1]}={world_size}; the launcher must set 0 ≤ rank < size.")
+        raise UserError(
+            f"{names[0]}={rank} lies outside {names[1]}={world_size}; the launcher must set 0 ≤ rank < size."
+        )
     rendezvous = env.get(RENDEZVOUS_VARIABLE, "env://")
     if rendezvous == "env://" and world_size > 1:
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in env:
-                raise UserError(f"{names[1]}={world_size} but {name} is not set; set it to the first host's address or port.")
+                raise UserError(
+                    f"{names[1]}={world_size} but {name} is not set; set it to the first host's address or port."
+                )
     return ProcessEnvironment(rank, world_size, local_rank, local_world_size, rendezvous)
 
 
@@ -67,4 +108,6 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     try:
         return int(env[name])
     except (KeyError, ValueError):
-        raise UserError(f"the environment variable {name} is {env.get(name, 'not set')!r}; it must be a number.") from None
+        raise UserError(
+            f"the environment variable {name} is {env.get(name, 'not set')!r}; it must be a number."
+        ) from None

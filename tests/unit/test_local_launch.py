@@ -1,0 +1,191 @@
+"""The local launcher: what it starts, and what it says when something dies. Workers here are scripts without torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from understudy.errors import LostProcessError
+from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure
+from understudy.launch.launcher import Cluster, RunSpec
+from understudy.launch.local import LocalLauncher, launch_local
+from understudy.launch.run_directory import RunDirectory
+
+pytestmark = pytest.mark.unit
+
+PREAMBLE = """
+import os, signal, sys, time
+from pathlib import Path
+from understudy.launch.cause import Cause, write_cause
+rank = int(os.environ["RANK"])
+directory = Path(sys.argv[1])
+def fail(message, status, peer_failed=False):
+    write_cause(directory / f"logs/rank-{rank}.cause.json",
+                Cause(rank, time.time(), status, message, 7, "Traceback", peer_failed))
+    sys.exit(status)
+"""
+
+
+def worker(tmp_path: Path, body: str) -> tuple[tuple[str, ...], RunDirectory]:
+    return (sys.executable, "-c", PREAMBLE + body, str(tmp_path)), RunDirectory(tmp_path)
+
+
+def launch(tmp_path: Path, body: str, processes: int = 2) -> RunDirectory:
+    arguments, directory = worker(tmp_path, body)
+    launch_local(arguments, processes, directory, cores=4, accelerated=False)
+    return directory
+
+
+def commands(threads: int | None, *, accelerated: bool) -> list[dict[str, str]]:
+    cluster = Cluster(cores=8, accelerated=accelerated, rendezvous=Path("/x/meet"), threads=threads)
+    return [dict(c.environment) for c in LocalLauncher().commands(RunSpec(("work",), 3), cluster)]
+
+
+def test_each_process_is_told_its_place_and_where_to_meet() -> None:
+    environments = commands(None, accelerated=False)
+    assert [e["RANK"] for e in environments] == ["0", "1", "2"]
+    assert {e["WORLD_SIZE"] for e in environments} == {"3"}
+    assert {e["UNDERSTUDY_RENDEZVOUS"] for e in environments} == {"file:///x/meet"}
+
+
+def test_cores_are_shared_out_unless_the_user_chose_threads() -> None:
+    assert {e["OMP_NUM_THREADS"] for e in commands(None, accelerated=False)} == {"2"}
+    assert all("OMP_NUM_THREADS" not in e for e in commands(5, accelerated=False))
+
+
+def test_gloo_is_kept_on_loopback_only_without_accelerators() -> None:
+    assert {e["GLOO_SOCKET_IFNAME"] for e in commands(None, accelerated=False)} == {"lo"}
+    assert all("GLOO_SOCKET_IFNAME" not in e for e in commands(None, accelerated=True))
+
+
+def test_output_goes_to_logs_and_rank_0_reaches_the_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    body = """
+print("out", rank); print("err", rank, file=sys.stderr)
+if rank == 0: os.write(int(os.environ["UNDERSTUDY_CONSOLE"]), b"hello user\\n")
+else: assert "UNDERSTUDY_CONSOLE" not in os.environ
+"""
+    directory = launch(tmp_path, body)
+    assert directory.log(1).read_text() == "out 1\nerr 1\n"
+    captured = capfd.readouterr()
+    assert captured.out == "hello user\n"
+    assert captured.err == ""
+
+
+def test_a_failing_rank_stops_the_others_and_gives_its_cause_and_status(tmp_path: Path) -> None:
+    body = "fail('the loss is not finite', 3) if rank == 1 else time.sleep(60)"
+    with pytest.raises(
+        FailedRunError, match=r"the loss is not finite \(rank 1, after step 7; traceback in .*rank-1.log"
+    ) as e:
+        launch(tmp_path, body)
+    assert e.value.exit_status == 3
+
+
+def test_wrong_input_found_by_a_rank_is_given_as_it_is(tmp_path: Path) -> None:
+    with pytest.raises(FailedRunError) as caught:
+        launch(tmp_path, "fail('recipe.yaml:3: no', 2)")
+    assert (str(caught.value), caught.value.exit_status) == ("recipe.yaml:3: no", 2)
+
+
+def test_a_killed_rank_outranks_the_peer_that_saw_its_connection_close(tmp_path: Path) -> None:
+    body = """
+if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.1)
+fail("Connection closed by peer", 1, peer_failed=True)
+"""
+    with pytest.raises(LostProcessError, match="rank 1 was killed by SIGKILL") as caught:
+        launch(tmp_path, body)
+    assert caught.value.exit_status == 5
+
+
+def test_a_rank_that_exits_without_a_word_is_lost(tmp_path: Path) -> None:
+    with pytest.raises(LostProcessError, match="rank 1 ended with status 9 without saying why"):
+        launch(tmp_path, "sys.exit(9) if rank == 1 else time.sleep(60)")
+
+
+def test_the_earliest_cause_wins_over_aborts_that_follow_it() -> None:
+    cause = Cause(0, 10.0, 1, "ValueError: boom", None, "", peer_failed=False)
+    logs = {0: Path("a"), 1: Path("b")}
+    error = first_failure([Exit(1, -signal.SIGABRT, 10.2), Exit(0, 1, 10.4)], {0: cause}, logs)
+    assert str(error).startswith("ValueError: boom (rank 0, before training")
+
+
+def alive(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def gone_soon(processes: list[int]) -> bool:
+    deadline = time.monotonic() + 5
+    while any(map(alive, processes)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from understudy.launch.local import launch_local
+from understudy.launch.run_directory import RunDirectory
+try:
+    launch_local(tuple(sys.argv[2:]), 2, RunDirectory(Path(sys.argv[1])), 4, accelerated=False)
+except Exception as problem:
+    sys.stderr.write(str(problem)); sys.exit(getattr(problem, "exit_status", 99))
+"""
+WAITING = """
+import subprocess
+from understudy.launch.parent import die_with_parent
+die_with_parent(int(os.environ["UNDERSTUDY_LAUNCHER"]))
+(directory / f"pid-{rank}.part").write_text(str(os.getpid()))
+(directory / f"pid-{rank}.part").rename(directory / f"pid-{rank}")
+time.sleep(60)
+"""
+
+
+def started_launcher(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
+    arguments, _ = worker(tmp_path, WAITING)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments], stderr=subprocess.PIPE)
+    files = [tmp_path / f"pid-{rank}" for rank in range(2)]
+    while not all(file.exists() for file in files):
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    return launcher, [int(file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_everything_with_status_1(tmp_path: Path, number: signal.Signals) -> None:
+    launcher, workers = started_launcher(tmp_path)
+    with launcher:
+        launcher.send_signal(number)
+        _, errors = launcher.communicate(timeout=15)
+    assert (launcher.returncode, errors.decode()) == (1, f"stopped by {number.name}")
+    assert gone_soon(workers)
+
+
+def test_workers_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    launcher, workers = started_launcher(tmp_path)
+    with launcher:
+        os.kill(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+    assert gone_soon(workers)
+
+
+def test_children_of_a_worker_are_stopped_with_it(tmp_path: Path) -> None:
+    body = """
+import subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+(directory / f"child-{rank}").write_text(str(child.pid))
+time.sleep(1)
+fail('no', 1)
+"""
+    with pytest.raises(FailedRunError):
+        launch(tmp_path, body)
+    assert gone_soon([int((tmp_path / f"child-{rank}").read_text()) for rank in range(2)])
