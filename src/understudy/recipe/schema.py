@@ -12,10 +12,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
 from understudy.recipe.presets import expand_kind, expand_strategy
 
 __all__ = [
-    "CausalLM",
-    "Cluster",
     "DDP",
     "FSDP",
+    "CausalLM",
+    "Cluster",
     "Data",
     "DataSource",
     "DeepSpeed",
@@ -37,7 +37,9 @@ OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 class Section(BaseModel):
     """A mapping in a recipe: immutable, unknown keys refused, numbers never made from strings."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class Model(Section):

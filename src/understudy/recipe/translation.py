@@ -1,0 +1,179 @@
+"""The schema's complaints as sentences a user understands. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from understudy.errors import Violation
+from understudy.recipe.presets import STRATEGY_PRESETS
+from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
+
+__all__ = ["nearest", "translate"]
+
+# What each kind of complaint expected; {names} come from the complaint's context.
+_EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a mapping of keys",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_from_float": "a whole number",
+    "int_type": "a whole number",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "list_type": "a list",
+    "literal_error": "{expected}",
+    "model_attributes_type": "a mapping of keys",
+    "model_type": "a mapping of keys",
+    "none_required": "null",
+    "string_type": "text",
+    "string_unicode": "text in valid Unicode",
+    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length}",
+    "tuple_type": "a list",
+    "union_tag_invalid": "{expected_tags}",
+    "union_tag_not_found": "a mapping with `kind`",
+}
+
+_NO_VALUE = object()
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` was most likely meant to be, if any is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def translate(error: ValidationError, values: Mapping[str, Any], source: SourceMap) -> list[Violation]:
+    """One violation for each key of `values` that the schema refuses, in the file's order."""
+    complaints: dict[tuple[str, ...], list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        complaints.setdefault(_key(details, values), []).append(details)
+    violations = []
+    for key, details in complaints.items():
+        if _explained_inside(key, complaints):
+            continue
+        violations.append(source.violation(".".join(key), _sentence(key, details, values)))
+    return sorted(violations, key=lambda violation: violation.line or 0)
+
+
+def _key(details: ErrorDetails, values: Any) -> tuple[str, ...]:
+    """The key as it stands in the file: pydantic's location also names union members, which no file holds."""
+    key: list[str] = []
+    location = details["loc"]
+    for i, part in enumerate(location):
+        if isinstance(values, Mapping) and part in values:
+            values = values[str(part)]
+        elif isinstance(values, Sequence) and not isinstance(values, str) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+        elif not (details["type"] == "missing" and i == len(location) - 1):
+            continue
+        key.append(str(part))
+    return tuple(key)
+
+
+def _explained_inside(key: tuple[str, ...], complaints: Iterable[tuple[str, ...]]) -> bool:
+    """A mapping that is neither `auto` nor right is complained about as a whole too; the complaint inside says more."""
+    return any(len(other) > len(key) and other[: len(key)] == key for other in complaints)
+
+
+def _sentence(key: tuple[str, ...], details: list[ErrorDetails], values: Mapping[str, Any]) -> str:
+    dotted = _quoted(".".join(key))
+    kinds = {detail["type"] for detail in details}
+    if "extra_forbidden" in kinds:
+        return _unknown_key(key, values)
+    if "missing" in kinds:
+        return f"{dotted} is missing and has no default; add it."
+    value = _lookup(key, values)
+    if key == ("strategy",) and not isinstance(value, Mapping):
+        choices = ["auto", *STRATEGY_PRESETS]
+        return _wrong_value(dotted, value, f"{', '.join(choices)} or a mapping with `kind`", choices)
+    if isinstance(value, Mapping):
+        # Of several union members only one takes mappings; that it is not `auto` as well is no news.
+        details = [d for d in details if d["type"] not in ("literal_error", "none_required")] or details
+    if "union_tag_invalid" in kinds:
+        dotted, value = _quoted(f"{'.'.join(key)}.kind"), value.get("kind") if isinstance(value, Mapping) else value
+    phrases = list(dict.fromkeys(_phrase(detail) for detail in details))
+    choices = [choice for phrase in phrases for choice in re.findall(r"'([^']*)'", phrase)]
+    return _wrong_value(dotted, value, " or ".join(phrases), choices)
+
+
+def _phrase(details: ErrorDetails) -> str:
+    template = _EXPECTED.get(details["type"])
+    context = {name: f"{v:g}" if isinstance(v, float) else v for name, v in details.get("ctx", {}).items()}
+    return template.format(**context) if template else details["msg"][:1].lower() + details["msg"][1:]
+
+
+def _wrong_value(dotted: str, value: Any, expected: str, choices: Iterable[str]) -> str:
+    near = nearest(value, choices) if isinstance(value, str) else None
+    hint = f"; did you mean {near}?" if near else "."
+    return f"{dotted} must be {expected.replace(chr(39), '')}, not {_shown(value)}{hint}"
+
+
+def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> str:
+    *parents, name = key
+    parent = ".".join(parents)
+    known = _known_names(parents, values)
+    where = f" in {_quoted(parent)}" if parent else ""
+    if near := nearest(name, known):
+        return f"unknown key {_quoted(name)}{where}; did you mean `{near}`?"
+    if elsewhere := next((path for path in _all_keys(Recipe) if path.endswith(f".{name}")), None):
+        return f"unknown key {_quoted(name)}{where}; did you mean `{elsewhere}`?"
+    return f"unknown key {_quoted(name)}{where}; known there: {', '.join(known)}."
+
+
+def _known_names(parents: Sequence[str], values: Any) -> list[str]:
+    section: type[BaseModel] = Recipe
+    for part in parents:
+        values = values[int(part)] if isinstance(values, Sequence) else values.get(part)
+        if part in section.model_fields:
+            candidates = list(_sections(section.model_fields[part].rebuild_annotation()))
+            kind = values.get("kind") if isinstance(values, Mapping) else None
+            matching = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == kind]
+            section = (matching or candidates)[0]
+    return list(section.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections(argument)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in _sections(field.rebuild_annotation()):
+            yield from _all_keys(inner, f"{prefix}{name}.")
+
+
+def _lookup(key: Iterable[str], values: Any) -> Any:
+    for part in key:
+        values = values[int(part)] if isinstance(values, Sequence) else values.get(part)
+    return values
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"a list of {len(value)}"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _quoted(name: str) -> str:
+    return f"`{name}`" if name.isprintable() else repr(name)
