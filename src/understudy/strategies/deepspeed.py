@@ -1,0 +1,172 @@
+"""DeepSpeed's engine, used directly: ZeRO stage 0 (replicas) and stages 1–3 (partitioned state), with offload."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from understudy.contracts import LazyTensor, TensorSpec
+from understudy.errors import UserError
+from understudy.models.language_model import LanguageModel
+from understudy.optim.groups import decay_groups
+from understudy.parallel.world import World
+from understudy.recipe.deepspeed_file import effective_deepspeed
+from understudy.recipe.schema import DeepSpeed, Recipe
+from understudy.strategies.base import MakeModel, MakeOptimizer, ModuleStrategy, materialize
+from understudy.strategies.engine_config import engine_config
+from understudy.strategies.names import canonical_name
+from understudy.strategies.precision import Precision, compute_in
+from understudy.strategies.torch_native import TorchStrategy
+from understudy.strategies.zero_partitions import full_weight, partition_as_built, set_weight, spec_of
+
+__all__ = ["ReplicatedEngine", "ZeroEngine", "import_deepspeed", "make"]
+
+
+def make(recipe: Recipe, device: torch.device, world: World, precision: Precision) -> ReplicatedEngine | ZeroEngine:
+    """The strategy for the stage that the recipe or its DeepSpeed file names."""
+    stage, _, _ = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
+    strategy = ReplicatedEngine if stage == 0 else ZeroEngine
+    return strategy(recipe, device, world, precision)
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, quietened; raises `UserError` saying what to install where it is absent."""
+    try:
+        module = importlib.import_module("deepspeed")
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise
+        raise UserError(
+            "this strategy needs DeepSpeed, which is not installed; run `pip install 'understudy[deepspeed]'` "
+            "or choose `strategy: fsdp` or `strategy: ddp`."
+        ) from None
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return module
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    deepspeed = import_deepspeed()
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+    # DeepSpeed before 0.17 casts buffers too, which would round rotary frequencies to the compute dtype.
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    for name, buffer in buffers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(parent), leaf, buffer)
+    return engine
+
+
+def _config(recipe: Recipe, precision: Precision, world: World, module: LanguageModel) -> dict[str, Any]:
+    return engine_config(
+        recipe,
+        precision,
+        world_size=world.size,
+        hidden_size=int(module.config.hidden_size),
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+    )
+
+
+class ReplicatedEngine(TorchStrategy):
+    """ZeRO stage 0: the engine all-reduces gradients at the end of a step; clipping and scaling are ours."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, world: World, precision: Precision) -> None:
+        super().__init__(device, world, precision)
+        self.recipe = recipe
+
+    def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+        module = cast(LanguageModel, make_model())
+        config = _config(self.recipe, self.precision, self.world, module)
+        materialize(module, self.device, self.precision.weights)
+        compute_in(module, self.precision.compute)
+        self.module = module
+        self.optimizer = make_optimizer(self._parameters().items())
+        self.engine = _initialize(module, self.optimizer, config)
+        self.module = self.engine
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def _step(self) -> None:
+        self.engine.step()
+
+    def _clear_gradients(self) -> None:
+        self.engine.zero_grad()
+
+
+class ZeroEngine(ModuleStrategy):
+    """ZeRO stages 1–3: the engine owns master weights, moments, clipping and loss scaling."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, world: World, precision: Precision) -> None:
+        super().__init__(device, world, precision)
+        self.recipe = recipe
+        self.stage, self.offload_optimizer, _ = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
+
+    def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+        import_deepspeed()
+        module = cast(LanguageModel, make_model())
+        config = _config(self.recipe, self.precision, self.world, module)
+        if self.stage == 3:
+            partition_as_built(module, config, self.device, self.precision.compute)
+        else:
+            materialize(module, self.device, self.precision.compute)
+        named = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
+        optimizer = make_optimizer(named.items()) if self.offload_optimizer == "none" else self._host_adamw(named)
+        self._named = named
+        self.engine = _initialize(module, optimizer, config)
+        self.module = self.engine
+
+    def _host_adamw(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        settings = self.recipe.optimizer
+        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+            decay_groups(named.items(), settings.weight_decay),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            eps=settings.eps,
+            adamw_mode=True,
+        )
+        return optimizer
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
+        assert (max_norm or 0.0) == self.engine.gradient_clipping(), "the engine clips by its configuration"
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        # On an overflow, releases before 0.17 leave the norm of the step before.
+        if getattr(self.engine.optimizer, "overflow", False):
+            return torch.tensor(float("inf"))
+        return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def layout(self) -> Mapping[str, TensorSpec]:
+        return {name: spec_of(parameter) for name, parameter in self._named.items()}
+
+    @torch.no_grad()
+    def load_state(self, read: Callable[[str], LazyTensor]) -> None:
+        for name, parameter in self._named.items():
+            set_weight(parameter, read(name))
+
+    @torch.no_grad()
+    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._named.items():
+            weight = full_weight(parameter)
+            if owner(name) == self.world.rank:
+                yield name, weight.cpu()

@@ -1,0 +1,86 @@
+"""The DeepSpeed engine's configuration: the user's file as it is, "auto" filled in, the recipe's choices added."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from understudy.recipe.deepspeed_file import effective_deepspeed, read_deepspeed_file
+from understudy.recipe.schema import DeepSpeed, Recipe
+from understudy.strategies.precision import Precision
+
+__all__ = ["engine_config"]
+
+DEFAULT_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's own bucket size; a smaller model needs no larger bucket than itself."""
+
+
+def engine_config(
+    recipe: Recipe, precision: Precision, *, world_size: int, hidden_size: int, num_parameters: int
+) -> dict[str, Any]:
+    """A complete DeepSpeed configuration without "auto".
+
+    Batch sizes are 1 an engine call: micro-batches are flat token streams whose number changes from step to step, and
+    the strategy marks the last one itself. Stage 0 runs the engine in fp32 over cast weights (see `precision.compute_in`)
+    and clips outside of it, since its own bf16 mode would accumulate gradients in bf16.
+    """
+    settings = recipe.strategy
+    assert isinstance(settings, DeepSpeed)
+    stage, offload_optimizer, offload_parameters = effective_deepspeed(settings)
+    config: dict[str, Any] = copy.deepcopy(read_deepspeed_file(settings.config)) if settings.config else {}
+    for section in ("optimizer", "scheduler"):
+        config.pop(section, None)  # equal to the recipe's, or a rule would have refused the file
+    config.update(
+        train_batch_size=world_size,
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=(recipe.training.max_grad_norm or 0.0) if stage > 0 else 0.0,
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+    )
+    config.setdefault("steps_per_print", 2**31)
+    _set_precision(config, recipe.training.precision if stage > 0 else "fp32")
+    zero = config.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET_ELEMENTS, num_parameters))
+    for key, target in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
+        if target == "none":
+            zero.pop(key, None)
+        else:
+            zero.setdefault(key, {}).setdefault("device", target)
+            if target == "nvme":
+                zero[key].setdefault("nvme_path", settings.nvme_path)
+    _fill_automatic_sizes(zero, hidden_size)
+    return _without_auto(config)
+
+
+def _set_precision(config: dict[str, Any], precision: str) -> None:
+    for name in ("bf16", "fp16"):
+        section = config.setdefault(name, {})
+        section["enabled"] = precision == name
+    if precision in ("bf16", "fp16"):
+        # fp32 accumulation and reduction, as every strategy does (design §6).
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        config.setdefault("communication_data_type", "fp32")
+    # A step whose gradient is not finite must leave the weights alone; fp16 does so by itself.
+    config["bf16"].setdefault("check_grad_overflow", True)
+
+
+def _fill_automatic_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """The values that `transformers` documents for "auto": one or a few hidden × hidden matrices."""
+    automatic = {
+        "reduce_bucket_size": hidden_size**2,
+        "allgather_bucket_size": hidden_size**2,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    for key, value in automatic.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+
+
+def _without_auto(value: Any) -> Any:
+    """Drops what is still "auto": DeepSpeed's own default then holds."""
+    if isinstance(value, dict):
+        return {key: _without_auto(item) for key, item in value.items() if item != "auto"}
+    return value

@@ -1,0 +1,110 @@
+"""Reading and writing full weights through DeepSpeed's partitions (ZeRO 1–3), by its public helpers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from understudy.contracts import LazyTensor, TensorSpec
+
+__all__ = ["full_weight", "partition_as_built", "set_weight", "spec_of"]
+
+
+def spec_of(parameter: nn.Parameter) -> TensorSpec:
+    """Shape of the whole, whether or not it is partitioned; master weights are fp32."""
+    return TensorSpec(tuple(getattr(parameter, "ds_shape", parameter.shape)), torch.float32)
+
+
+def full_weight(parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 master weight. A collective: the owners of its parts contribute them."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weight = safe_get_full_fp32_param(parameter)
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def set_weight(parameter: nn.Parameter, stored: LazyTensor) -> None:
+    """Sets this rank's part of the fp32 master weight and of the weight that computes; under ZeRO-3 only that part is
+    read from `stored`. A collective for parameters that live on NVMe."""
+    if not hasattr(parameter, "ds_id"):
+        _set_whole(parameter, stored)
+    elif getattr(parameter, "nvme_swapper", None) is not None:
+        _set_swapped(parameter, stored)
+    else:
+        _set_partition(parameter, stored)
+
+
+def _set_whole(parameter: nn.Parameter, stored: LazyTensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    whole = _read_flat(stored, 0, parameter.numel()).view(parameter.shape).to(parameter.device)
+    parameter.data.copy_(whole)
+    safe_set_full_fp32_param(parameter, whole)
+
+
+def _set_partition(parameter: Any, stored: LazyTensor) -> None:
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    partition: Tensor = parameter.ds_tensor
+    start = torch.distributed.get_rank(parameter.ds_process_group) * partition.numel()
+    held = _read_flat(stored, start, min(start + partition.numel(), parameter.ds_numel))
+    # The last rank's part is padded so that all are equal in size.
+    padded = torch.zeros(partition.numel(), dtype=torch.float32)
+    padded[: held.numel()] = held
+    partition.data.copy_(padded)
+    safe_set_local_fp32_param(parameter, padded.to(partition.device))
+    if parameter.numel():  # small parameters are kept whole beside their partition
+        parameter.data.copy_(_read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
+
+
+def _set_swapped(parameter: Any, stored: LazyTensor) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            parameter.data.copy_(_read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
+    size = parameter.ds_tensor.ds_numel
+    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    padded = torch.zeros(size, dtype=torch.float32)
+    held = _read_flat(stored, start, min(start + size, parameter.ds_numel))
+    padded[: held.numel()] = held
+    safe_set_local_fp32_param(parameter, padded)
+
+
+def _read_flat(stored: LazyTensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the row-major flattened tensor, as fp32, reading only the rows that hold them."""
+    if stop <= start:
+        return torch.empty(0)
+    row_elements = 1
+    for size in stored.shape[1:]:
+        row_elements *= size
+    first_row, last_row = start // row_elements, -(-stop // row_elements)
+    rows = stored[first_row:last_row].reshape(-1)
+    return rows[start - first_row * row_elements : stop - first_row * row_elements].float()
+
+
+def partition_as_built(module: nn.Module, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
+    """Gives meta parameters memory and partitions them for ZeRO-3, one submodule at a time, so that a rank never holds
+    more than one submodule whole. A collective."""
+    import deepspeed
+
+    fresh: dict[int, nn.Parameter] = {}
+    for child in _children_first(module):
+        own = list(child.named_parameters(recurse=False))
+        for name, parameter in own:
+            if id(parameter) not in fresh:
+                values = torch.zeros(parameter.shape, dtype=dtype, device=device)
+                fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
+            setattr(child, name, fresh[id(parameter)])
+        for name, buffer in list(child.named_buffers(recurse=False)):
+            setattr(child, name, buffer.to(device))
+        if own:
+            deepspeed.zero.Init(module=child, config_dict_or_path=config, dtype=dtype)
+
+
+def _children_first(module: nn.Module) -> list[nn.Module]:
+    return list(reversed(list(module.modules())))

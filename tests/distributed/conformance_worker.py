@@ -1,0 +1,65 @@
+"""One rank of the conformance suite: runs cases one after another and writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tests.distributed import scenario
+
+from understudy.devices.device import find_device
+from understudy.models.build import make_language_model
+from understudy.models.weights import WeightReader
+from understudy.objectives.registry import make_objective
+from understudy.optim.optimizers.registry import make_optimizer
+from understudy.parallel.world import World, process_group
+from understudy.recipe.environment import process_environment
+from understudy.recipe.schema import Recipe
+from understudy.strategies.registry import make_strategy
+
+
+def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any]:
+    recipe = Recipe.model_validate(case["recipe"])
+    directory = Path(case["model"])
+    device = find_device()
+    strategy = make_strategy(recipe, device.torch_device(world.local_rank), world)
+    strategy.build(
+        lambda: make_language_model(directory, recipe.model, device),
+        lambda named: make_optimizer(recipe.optimizer, named, fused=False),
+    )
+    strategy.load_state(WeightReader(directory))
+    objective = make_objective(recipe.objective)
+    losses, norms = [], []
+    for step in range(case["steps"]):
+        count = scenario.num_supervised(scenario.global_batch(step))
+        total = strategy.forward_backward(scenario.micro_batches(step, world.rank, world.size), objective, count)
+        assert int(total.num_tokens) == count
+        losses.append(float(total.loss) / count)
+        norms.append(float(strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)))
+    evaluation = strategy.evaluate(scenario.micro_batches(0, world.rank, world.size), objective)
+    mine = dict(strategy.state(lambda name: 0))
+    assert bool(mine) == (world.rank == 0), "only the owner yields tensors"
+    if world.rank == 0:
+        assert list(mine) == list(strategy.layout())
+        save_file({name: tensor.contiguous() for name, tensor in mine.items()}, weights)
+    return {"losses": losses, "norms": norms, "evaluation": float(evaluation.loss) / int(evaluation.num_tokens)}
+
+
+def main() -> None:
+    out, arguments = Path(sys.argv[1]), json.loads(sys.argv[2])
+    environment = process_environment()
+    assert environment is not None
+    device = find_device()
+    results = {}
+    with process_group(environment, device.torch_device(environment.local_rank), device.backend) as world:
+        for name, case in arguments["cases"].items():
+            results[name] = run_case(case, world, out.parent / f"{name}.safetensors")
+    out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

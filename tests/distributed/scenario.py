@@ -1,0 +1,103 @@
+"""A small training problem that every strategy must solve alike, and its solution by transformers in fp64.
+
+Global batches have documents of uneven length, half of their labels masked; they are split into micro-batches so that
+ranks hold different amounts, some hold none, and steps differ in their number of micro-batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from understudy.contracts import IGNORED, Batch
+
+VOCABULARY = 64
+Document = tuple[torch.Tensor, torch.Tensor]
+
+
+def write_model(directory: Path, *, tied: bool) -> None:
+    """A random two-layer Llama, fp32, as a Hugging Face directory."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+        tie_word_embeddings=tied,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+
+
+def global_batch(step: int) -> list[Document]:
+    """Six documents of 3 to 17 tokens; about half of the labels are masked, the first document's all but one."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    documents = []
+    for index in range(6):
+        length = int(torch.randint(3, 18, (1,), generator=generator))
+        tokens = torch.randint(0, VOCABULARY, (length,), generator=generator)
+        labels = torch.cat([tokens[1:], torch.tensor([IGNORED])])
+        masked = torch.rand(length, generator=generator) < 0.5
+        masked[: length - 2] |= index == 0
+        masked[0] &= index == 0  # at least one label each
+        labels[masked] = IGNORED
+        if index == 0:
+            labels[length - 2] = tokens[length - 1]
+        documents.append((tokens, labels))
+    return documents
+
+
+def num_supervised(documents: list[Document]) -> int:
+    return int(sum((labels != IGNORED).sum() for _, labels in documents))
+
+
+def micro_batches(step: int, rank: int, world_size: int) -> list[Batch]:
+    """Documents dealt unevenly: rank 0 gets most, the last rank of four none at all; odd steps use two micro-batches."""
+    shares = {1: [6], 2: [5, 1], 4: [3, 2, 1, 0]}[world_size]
+    start = sum(shares[:rank])
+    mine = global_batch(step)[start : start + shares[rank]]
+    if step % 2 == 0:
+        return [Batch.of(mine)]
+    return [Batch.of(mine[:2]), Batch.of(mine[2:])]
+
+
+@dataclass
+class Solution:
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def solve(
+    directory: Path, *, steps: int, learning_rate: float, max_norm: float | None, optimizer: str, decay: float
+) -> Solution:
+    """One process, fp64, transformers' own loss, one document at a time, no packing and no chunks."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").train()
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
+    if optimizer == "sgd":
+        torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=learning_rate)
+    else:
+        torch_optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    losses, norms = [], []
+    for step in range(steps):
+        documents = global_batch(step)
+        count = num_supervised(documents)
+        total = torch.zeros((), dtype=torch.float64)
+        for tokens, labels in documents:
+            logits = model(input_ids=tokens[None]).logits[0]
+            total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        (total / count).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+        torch_optimizer.step()
+        torch_optimizer.zero_grad()
+        losses.append(float(total.detach()) / count)
+        norms.append(float(norm))
+    return Solution(losses, norms, {name: value.detach() for name, value in model.named_parameters()})

@@ -1,0 +1,128 @@
+"""The gradient contract (P2): every strategy trains as transformers does in fp64 in one process.
+
+Uneven token counts, half of the labels masked, empty micro-batches, accumulation, clipping, decay, tied and untied heads.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.distributed import scenario
+from tests.distributed.processes import run_processes
+
+pytestmark = pytest.mark.distributed
+
+WORKER = Path(__file__).with_name("conformance_worker.py")
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+# One ulp of the compute dtype is 2^-8 (bf16) or 2^-11 (fp16); a loss averages many roundings, a norm fewer.
+LOW_PRECISION_TOLERANCE = {"bf16": (1e-2, 3e-2), "fp16": (2e-3, 1e-2), "pure_bf16": (1e-2, 3e-2)}
+
+SGD = {"kind": "sgd", "learning_rate": 1.0}
+ADAMW = {"kind": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "fsdp": "fsdp",
+    "fsdp-shard-grad-op": {"kind": "fsdp", "sharding": "shard_grad_op"},
+    "fsdp-no-shard": {"kind": "fsdp", "sharding": "no_shard"},
+    "fsdp-offload": "fsdp-offload",
+    "zero0": "zero0",
+    "zero1": "zero1",
+    "zero2": "zero2",
+    "zero2-offload": "zero2-offload",
+    "zero3": "zero3",
+    "zero3-offload": "zero3-offload",
+}
+
+
+def keeps_optimizer_on_host(name: str) -> bool:
+    return name in ("zero2-offload", "zero3-offload")
+
+
+def case(model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, **training: Any) -> dict[str, Any]:
+    parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
+    recipe = {
+        "name": "conformance",
+        "output_dir": "unused",
+        "model": {"path": str(model)},
+        "data": {"train": [{"path": "unused"}]},
+        "strategy": strategy,
+        "optimizer": optimizer,
+        "training": {"precision": "fp32", "max_grad_norm": None, "activation_checkpointing": "none", **training},
+        "parallel": parallel,
+    }
+    return {"recipe": recipe, "model": str(model), "steps": steps}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    directories = {}
+    for tied in (False, True):
+        directories[tied] = tmp_path_factory.mktemp("model") / f"tied-{tied}"
+        scenario.write_model(directories[tied], tied=tied)
+    return directories
+
+
+@cache
+def trajectory(directory: Path) -> scenario.Solution:
+    return scenario.solve(directory, steps=4, learning_rate=1e-2, max_norm=0.5, optimizer="adamw", decay=0.1)
+
+
+@cache
+def gradient(directory: Path) -> scenario.Solution:
+    return scenario.solve(directory, steps=1, learning_rate=1.0, max_norm=None, optimizer="sgd", decay=0.0)
+
+
+def assert_same_trajectory(seen: dict[str, Any], solution: scenario.Solution, loss: float, norm: float) -> None:
+    steps = len(seen["losses"])
+    assert seen["losses"] == pytest.approx(solution.losses[:steps], rel=loss)
+    assert seen["norms"] == pytest.approx(solution.norms[:steps], rel=norm)
+
+
+def assert_same_weights(file: Path, solution: scenario.Solution, tolerance: float) -> None:
+    weights = load_file(file)
+    assert weights.keys() == solution.weights.keys()
+    for name, expected in solution.weights.items():
+        torch.testing.assert_close(weights[name].double(), expected, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
+    strategy = STRATEGIES[name]
+    cases = {"adamw": case(models[False], strategy, ADAMW, 4, max_grad_norm=0.5)}
+    cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5)
+    if not keeps_optimizer_on_host(name):
+        cases["gradient"] = case(models[True], strategy, SGD, 1)
+    for precision in ("bf16", "fp16"):
+        cases[precision] = case(models[True], strategy, ADAMW, 3, precision=precision, max_grad_norm=0.5)
+    if "zero" not in name:
+        cases["pure_bf16"] = case(models[True], strategy, ADAMW, 3, precision="pure_bf16", max_grad_norm=0.5)
+    return cases
+
+
+def check(name: str, models: dict[bool, Path], tmp_path: Path, results: list[dict[str, Any]]) -> None:
+    assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
+    seen = results[0]
+    for case_name, directory in (("adamw", models[False]), ("tied", models[True])):
+        solution = trajectory(directory)
+        assert_same_trajectory(seen[case_name], solution, LOSS_TOLERANCE, NORM_TOLERANCE)
+        assert_same_weights(tmp_path / f"{case_name}.safetensors", solution, 2e-4)
+    if "gradient" in seen:
+        # One step of SGD at learning rate 1 from equal weights: the difference of the weights is that of the gradients.
+        solution = gradient(models[True])
+        assert_same_trajectory(seen["gradient"], solution, LOSS_TOLERANCE, NORM_TOLERANCE)
+        assert_same_weights(tmp_path / "gradient.safetensors", solution, 1e-6)
+    for precision, (loss, norm) in LOW_PRECISION_TOLERANCE.items():
+        if precision in seen:
+            assert_same_trajectory(seen[precision], trajectory(models[True]), loss, norm)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_conformance_at_two_processes(name: str, models: dict[bool, Path], tmp_path: Path) -> None:
+    cases = cases_of(name, models)
+    check(name, models, tmp_path, run_processes(WORKER, 2, tmp_path, {"cases": cases}))
