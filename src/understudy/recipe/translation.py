@@ -55,13 +55,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 def translate(error: ValidationError, values: Mapping[str, Any], source: SourceMap) -> list[Violation]:
     """One violation for each key of `values` that the schema refuses, in the file's order."""
     complaints: dict[tuple[str, ...], list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
-        complaints.setdefault(_key(details, values), []).append(details)
-    violations = []
-    for key, details in complaints.items():
-        if _explained_inside(key, complaints):
-            continue
-        violations.append(source.violation(".".join(key), _sentence(key, details, values)))
+    for complaint in error.errors(include_url=False):
+        complaints.setdefault(_key(complaint, values), []).append(complaint)
+    violations = [
+        source.violation(".".join(key), _sentence(key, details, values))
+        for key, details in complaints.items()
+        if not _explained_inside(key, complaints)
+    ]
     return sorted(violations, key=lambda violation: violation.line or 0)
 
 
