@@ -29,7 +29,8 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
 def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, empty ones left out: matrices decay, norms and biases do not.
 
-    Norms and biases are the parameters of fewer than two dimensions. Frozen parameters belong to no group. Order within a group is the order given, the same on every rank.
+    Norms and biases are the parameters of fewer than two dimensions. Frozen parameters belong to no group. The order
+    within a group is the order given, the same on every rank.
     """
     trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
     groups = [
