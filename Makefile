@@ -1,0 +1,68 @@
+# Every target sets up all it needs on a fresh machine with Python 3.10 or newer, once, and again when the pins change.
+
+PYTHON ?= python3
+VENV := .venv
+COMPAT := .venv-compat
+BIN := $(VENV)/bin
+OLDEST_DEEPSPEED := deepspeed==0.14.4
+# torch goes first and by its pin, so that no other requirement draws in a different build of it.
+TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check bench test-compat format system-packages
+
+help:
+	@echo "make quickstart       train the bundled tiny model, with 2 processes"
+	@echo "make test             run the whole suite, except what needs an accelerator"
+	@echo "make check            formatter, linter, types, import rules"
+	@echo "make format           format, and fix what the linter can"
+	@echo "make bench            measure throughput and memory against bare PyTorch"
+	@echo "make test-compat      run the conformance suite on $(OLDEST_DEEPSPEED)"
+	@echo "make system-packages  install what pip cannot, where this user may"
+
+quickstart: $(VENV)/run.stamp
+	$(BIN)/understudy train recipes/quickstart.yaml --overwrite
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not device" tests/unit tests/distributed tests/real
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python -m benchmarks
+
+test-compat: $(COMPAT)/compat.stamp
+	$(COMPAT)/bin/python -m pytest tests/distributed -m distributed -k conformance
+
+# DeepSpeed before 0.15 calls numactl as it sets up ZeRO-3 on a processor.
+system-packages:
+	@if command -v numactl >/dev/null; then echo "numactl is installed"; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends numactl; \
+	else echo "numactl is missing; install it with your system's packages" >&2; exit 1; fi
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP_INSTALL) '$(TORCH)'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(COMPAT)/compat.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPAT)
+	sed 's/^deepspeed==.*/$(OLDEST_DEEPSPEED)/' constraints.txt > $(COMPAT)/constraints.txt
+	$(COMPAT)/bin/python $(PIP_INSTALL) '$(TORCH)'
+	$(COMPAT)/bin/python $(PIP_INSTALL) -c $(COMPAT)/constraints.txt -e '.[test]'
+	touch $@
