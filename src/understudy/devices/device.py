@@ -1,0 +1,83 @@
+"""What the rest of the program may ask of a device. The files beside this one are the only ones that name a device API."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from understudy.devices.documents import Documents
+
+__all__ = ["Device", "DocumentAttention", "find_device"]
+
+
+class DocumentAttention(Protocol):
+    """A kernel for causal attention inside each document of a flat micro-batch, gradients included."""
+
+    def supports(self, dtype: torch.dtype, head_size: int, dropout: float, softcap: float | None) -> bool:
+        """Whether `__call__` computes exactly this. Where it does not, a slower kernel that does is used."""
+        ...
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Documents,
+        *,
+        scale: float,
+        window: int | None,
+        dropout: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """`query` [T, Hq, D], `key` and `value` [T, Hkv, D] to [T, Hq, D]. A token sees itself and at most
+        `window` − 1 tokens before it, or all of them."""
+        ...
+
+
+class Device(Protocol):
+    """One kind of device, seen from one process."""
+
+    name: str
+    """cpu, cuda or npu."""
+    backend: str
+    """Collective backend for torch.distributed."""
+    fused_adamw: bool
+    """Whether torch.optim.AdamW(fused=True) has a kernel here."""
+    compute_dtypes: tuple[torch.dtype, ...]
+    """Dtypes that matrix products run in at full speed, the preferred one for training first."""
+    attention: DocumentAttention | None
+    """Variable-length attention of PyTorch or the vendor; None where attention runs document by document."""
+    flash_attention: DocumentAttention | None
+    """The flash-attn package's, where it is installed."""
+
+    def torch_device(self, local_rank: int) -> torch.device:
+        """This process's device, made current."""
+        ...
+
+    def memory_peak_bytes(self) -> int:
+        """Most memory held at once since `reset_memory_peak`: the allocator's, or the process's own on a CPU."""
+        ...
+
+    def reset_memory_peak(self) -> None: ...
+
+    def seed(self, seed: int) -> None:
+        """Seeds every generator a forward pass draws from."""
+        ...
+
+    def synchronize(self) -> None:
+        """Waits until all work given to the device is done."""
+        ...
+
+
+def find_device() -> Device:
+    """The accelerator of this machine that PyTorch can use, else the CPU."""
+    from understudy.devices.cpu import CPU
+    from understudy.devices.cuda import CUDA
+    from understudy.devices.npu import NPU
+
+    for kind in (CUDA, NPU):
+        if kind.available():
+            return kind()
+    return CPU()

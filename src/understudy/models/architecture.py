@@ -1,0 +1,88 @@
+"""The architecture that a recipe's `model` section describes, as a transformers configuration."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from understudy.errors import UserError
+from understudy.recipe import schema
+
+__all__ = ["document_limit", "load_config", "make_config"]
+
+
+def load_config(directory: Path, model: schema.Model) -> PreTrainedConfig:
+    """The configuration in `directory`/config.json with `model.config` laid over it."""
+    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    own_code = "auto_map" in stored and "AutoConfig" in stored["auto_map"]
+    if own_code and model.trust_remote_code:
+        return type(AutoConfig.from_pretrained(directory, trust_remote_code=True)).from_dict({**stored, **model.config})
+    return make_config({**stored, **model.config}, overrides=model.config)
+
+
+def make_config(values: dict[str, Any], overrides: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration from `values`, `model_type` among them; `overrides` are those the user wrote.
+
+    Raises `UserError` for an unknown model type or field, and for sizes that contradict each other.
+    """
+    model_type = values.get("model_type")
+    if model_type is None:
+        raise UserError("the model's configuration names no model_type; set model.config.model_type, such as llama.")
+    if model_type not in CONFIG_MAPPING:
+        raise UserError(
+            f"transformers knows no model_type {model_type!r}{_nearest(str(model_type), list(CONFIG_MAPPING))}; a model "
+            "that ships its own code needs --trust-remote-code on the command line."
+        )
+    kind = CONFIG_MAPPING[model_type]
+    known = set(kind().to_dict()) | set(kind.attribute_map) | {"model_type"}
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"model.config.{name} is no field of {model_type}{_nearest(name, sorted(known))}.")
+    try:
+        config: PreTrainedConfig = kind.from_dict(values)
+    # transformers validates with several libraries, and what they raise has no common ancestor but this.
+    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.config describes no valid {model_type}: {reason}") from error
+    return config
+
+
+def document_limit(network: PreTrainedModel) -> int | None:
+    """Most tokens a document may have, or None for any number.
+
+    Learned positions end somewhere. Rotary frequencies that depend on the longest sequence of a batch (`dynamic`,
+    `longrope`) would, past their first regime, make a document depend on its neighbours.
+    """
+    config = network.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    for scaling in _rope_scalings(getattr(config, "rope_parameters", None)):
+        if scaling.get("rope_type") == "longrope":
+            return int(scaling.get("original_max_position_embeddings", positions))
+        if scaling.get("rope_type") == "dynamic":
+            return int(positions)
+    tokens = network.get_input_embeddings()
+    for module in network.modules():
+        # Some tables keep a few rows in front for padding.
+        if isinstance(module, nn.Embedding) and module is not tokens and 0 <= module.num_embeddings - positions <= 8:
+            return int(positions)
+    return None
+
+
+def _rope_scalings(parameters: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Rotary parameters: one mapping, or one for each type of layer."""
+    if not parameters:
+        return []
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,0 +1,116 @@
+"""Builds a `LanguageModel` from a model directory: parameters on the meta device, buffers real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.initialization import no_init_weights
+
+from understudy.devices.device import Device
+from understudy.errors import UserError
+from understudy.models.architecture import document_limit, load_config
+from understudy.models.attention import register_attention
+from understudy.models.head import LossHead
+from understudy.models.language_model import LanguageModel
+from understudy.models.probe import find_logit_transform
+from understudy.models.weights import WeightReader
+from understudy.recipe import schema
+
+__all__ = ["make_language_model", "open_weights"]
+
+
+def make_language_model(directory: Path, model: schema.Model, device: Device) -> LanguageModel:
+    """The architecture in `directory` with `model.config` applied, document-aware attention and the loss head.
+
+    Parameters are fp32 on the meta device and hold nothing; buffers (rotary frequencies …) are real, on the CPU. Reads
+    no weights but persistent buffers. Raises `UserError` for an architecture that cannot be trained on flat batches.
+    """
+    config = load_config(directory, model)
+    attention = register_attention(model.attention, device)
+    try:
+        with torch.device("meta"), no_init_weights():
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=model.trust_remote_code
+            )
+    except ValueError as error:
+        raise UserError(f"{config.model_type} cannot be built as a causal language model: {error}") from error
+    network.tie_weights()
+    _make_buffers_real(network)
+    _load_persistent_buffers(network, directory)
+    _replace_head(network)
+    return LanguageModel(network, document_limit(network))
+
+
+def open_weights(directory: Path, model: LanguageModel) -> WeightReader:
+    """A reader of `directory` under `model`'s parameter names, checked to hold all of them in the right shapes."""
+    network = model.network
+    aliases: dict[str, list[str]] = {}
+    for first, *others in _names_of_shared_parameters(network):
+        aliases[first] = others
+    renamed = _renamed(network, WeightReader(directory).names())
+    reader = WeightReader(directory, renamed=renamed, aliases=aliases)
+    reader.check({name: tuple(parameter.shape) for name, parameter in network.named_parameters()})
+    return reader
+
+
+def _make_buffers_real(network: PreTrainedModel) -> None:
+    """Computes buffers the way `from_pretrained` does after a start on the meta device: real memory, filled by the
+    architecture's own initialisation, which leaves alone what is marked as initialised."""
+    for module in network.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        vars(module).pop("_is_hf_initialized", None)
+    for parameter in network.parameters():
+        vars(parameter)["_is_hf_initialized"] = True
+    network.initialize_weights()
+
+
+def _persistent_buffers(network: nn.Module) -> dict[str, torch.Tensor]:
+    parameters = dict(network.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
+
+
+def _load_persistent_buffers(network: PreTrainedModel, directory: Path) -> None:
+    """Some architectures keep constants of a checkpoint in buffers; unlike parameters they are never sharded."""
+    buffers = _persistent_buffers(network)
+    if not buffers:
+        return
+    reader = WeightReader(directory)
+    for name, buffer in buffers.items():
+        if name in reader:
+            buffer.copy_(reader(name)[:])
+
+
+def _replace_head(network: PreTrainedModel) -> None:
+    linear = network.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise UserError(
+            f"{type(network).__name__} has no linear output layer, so its loss cannot be computed in chunks; choose a "
+            "decoder-only language model."
+        )
+    transform = find_logit_transform(network)
+    head = LossHead.replacing(linear)
+    head.transform = transform
+    network.set_output_embeddings(head)
+
+
+def _renamed(network: PreTrainedModel, stored: set[str]) -> dict[str, str]:
+    """Stored name: name in the model, where transformers renames an architecture's weights as it loads them. What it
+    would also have to fuse or split keeps its name, and so is found missing."""
+    renamings = [rule for rule in get_model_conversion_mapping(network) if isinstance(rule, WeightRenaming)]
+    known = {name for name, _ in network.named_parameters(remove_duplicate=False)}
+    renamed = {name: rename_source_key(name, renamings, [])[0] for name in stored if name not in known}
+    return {name: new for name, new in renamed.items() if new in known}
+
+
+def _names_of_shared_parameters(network: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]

@@ -1,0 +1,124 @@
+"""A decoder-only transformers model that takes flat micro-batches and computes its loss in its head.
+
+Shape letters: T tokens, H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from understudy.contracts import IGNORED, Batch, LossSum, TokenLoss
+from understudy.devices.documents import Documents
+from understudy.errors import UserError
+from understudy.models.attention import isolating_documents
+from understudy.models.head import LossHead
+
+__all__ = ["LanguageModel"]
+
+
+class LanguageModel(nn.Module):
+    """`network` is a transformers causal language model whose output embedding is a `LossHead`.
+
+    Parameter names are `network.` and the Hugging Face name. Call it as a module, so that strategies' hooks run.
+    """
+
+    network: PreTrainedModel
+
+    def __init__(self, network: PreTrainedModel, document_limit: int | None) -> None:
+        """`document_limit`: most tokens of one document, where positions beyond it do not exist or change the meaning
+        of those before."""
+        super().__init__()
+        self.network = network
+        self.document_limit = document_limit
+
+    def forward(
+        self, batch: Batch, token_loss: TokenLoss | None = None, logits_at: Tensor | None = None
+    ) -> LossSum | Tensor:
+        """With `token_loss`: its sum over the supervised positions of `batch`. With `logits_at` [n] int64 instead: fp32
+        logits [n, V] at those tokens."""
+        hidden = self._hidden(batch)
+        if token_loss is None:
+            assert logits_at is not None, "one of token_loss and logits_at says what to compute"
+            return self.head.logits(hidden.index_select(0, logits_at))
+        supervised = (batch.labels != IGNORED).nonzero().squeeze(1)
+        loss, metrics = self.head(hidden.index_select(0, supervised), token_loss)
+        return LossSum(loss, torch.tensor(len(supervised), device=loss.device), metrics)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """Final hidden states [T, H]."""
+        documents = Documents.of(batch.document_offsets, batch.tokens.device)
+        if self.document_limit is not None and documents.longest > self.document_limit:
+            raise UserError(
+                f"a document of {documents.longest} tokens is longer than the {self.document_limit} positions this "
+                f"model has; set data.max_length to at most {self.document_limit}."
+            )
+        with isolating_documents():
+            output = self.network.base_model(
+                input_ids=batch.tokens.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                documents=documents,
+            )
+        hidden: Tensor = output.last_hidden_state
+        return hidden.squeeze(0)
+
+    @property
+    def head(self) -> LossHead:
+        head = self.network.get_output_embeddings()
+        assert isinstance(head, LossHead)
+        return head
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.network.config
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The repeated blocks, in order: units to shard, to compile and to checkpoint."""
+        lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
+        sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
+        return list(lists[sizes.index(max(sizes))])
+
+    def enable_activation_checkpointing(self, kind: Literal["full", "selective"]) -> None:
+        """Each decoder layer recomputes its activations in the backward pass: all of them, or (selective) all but the
+        outputs of matrix products and attention. Dropout draws the same again. Call it before layers are sharded."""
+
+        def recompute(function: Any, *args: Any) -> Any:
+            if kind == "full":
+                return checkpoint(function, *args, use_reentrant=False)
+            return checkpoint(function, *args, use_reentrant=False, context_fn=_selective_contexts)
+
+        enable = getattr(self.network, "_set_gradient_checkpointing")  # noqa: B009  # the only one that takes a function
+        enable(enable=True, gradient_checkpointing_func=recompute)
+
+    def compile_layers(self) -> None:
+        """Compiles each decoder layer in place, names kept. One graph serves every length of micro-batch."""
+        for layer in self.decoder_layers():
+            layer.compile(dynamic=True)
+
+
+_aten = torch.ops.aten
+_COSTLY = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._flash_attention_forward.default,
+    _aten._efficient_attention_forward.default,
+}
+
+
+def _selective_contexts() -> Any:
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kernel = operator in _COSTLY or operator.namespace in ("torch_attn", "flash_attn")
+        return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

@@ -1,0 +1,119 @@
+"""From a recipe's `model` section to files on this machine. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import UserError
+from understudy.recipe import schema
+
+__all__ = ["model_directory", "read_config", "tokenizer_directory"]
+
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+_WEIGHT_FILES = ["*.safetensors"]
+_OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.gguf", "tf_model.h5", "flax_model.msgpack")
+
+
+def model_directory(model: schema.Model) -> Path:
+    """The directory that holds the model's config.json, tokenizer and, for `init: pretrained`, its weights.
+
+    A directory is taken as it is; anything else is a Hub id, of which only those files are downloaded, at
+    `model.revision`. Raises `UserError` when there is no such model or something it needs is missing.
+    """
+    if model.path is None:
+        raise UserError("model.path is missing; name a Hub id or a directory.")
+    pretrained = model.init == "pretrained"
+    directory = _local_or_snapshot(model.path, model.revision, _TOKENIZER_FILES + (_WEIGHT_FILES if pretrained else []))
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; check model.path.")
+    if pretrained:
+        _require_safetensors(directory)
+    return directory
+
+
+def tokenizer_directory(model: schema.Model) -> Path:
+    """The directory that holds the tokenizer: `model.tokenizer`'s, else the model's own."""
+    source = model.tokenizer or model.path
+    if source is None:
+        raise UserError("model.tokenizer is missing; with no model.path, name the tokenizer's Hub id or directory.")
+    revision = model.revision if model.tokenizer is None else None
+    directory = _local_or_snapshot(source, revision, _TOKENIZER_FILES)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(f"{directory} has no tokenizer; set model.tokenizer to a Hub id or directory that has one.")
+    return directory
+
+
+def read_config(model: schema.Model) -> dict[str, Any]:
+    """The model's config.json with `model.config` laid over it, one level deep; only `model.config` without a path."""
+    stored: dict[str, Any] = {}
+    if model.path is not None:
+        file = _local_or_snapshot(model.path, model.revision, ["config.json"]) / "config.json"
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{file.parent} has no config.json, so it is no Hugging Face model.") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"is not valid JSON ({error}); download the model again.", file=file) from None
+        if not isinstance(stored, dict):
+            raise UserError("must hold a JSON object; download the model again.", file=file)
+    return {**stored, **model.config}
+
+
+def _local_or_snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{source} is a file; name the model's directory.")
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise UserError(f"there is no directory {source}; check model.path.")
+    return _snapshot(source, revision, patterns)
+
+
+def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"{source} is neither a directory nor a Hub id (owner/name).") from None
+    except GatedRepoError:
+        raise UserError(
+            f"{source} needs its licence accepted on the Hub; accept it there, then run `hf auth login`."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"{source} is not a directory here and not a model on the Hub; check the spelling, or run `hf auth login` "
+            "if it is private."
+        ) from None
+    except RevisionNotFoundError:
+        raise UserError(f"{source} has no revision {revision!r} on the Hub; check model.revision.") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"{source} is not a directory here, and the Hub cannot be reached ({type(error).__name__}); check the path, "
+            "or download the model on a machine with network access."
+        ) from None
+
+
+def _require_safetensors(directory: Path) -> None:
+    if any(directory.glob("*.safetensors")):
+        return
+    if any(next(directory.glob(pattern), None) for pattern in _OTHER_WEIGHTS):
+        raise UserError(
+            f"{directory} holds weights only in a format other than safetensors, which can run code when it is loaded; "
+            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)."
+        )
+    raise UserError(
+        f"{directory} has no weights (*.safetensors); name a complete model, or set model.init to random to start "
+        "without any."
+    )
