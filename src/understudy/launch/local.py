@@ -34,7 +34,7 @@ class LocalLauncher:
             # Without it each process starts a thread a core, and processes × cores threads fight for the cores.
             environment["OMP_NUM_THREADS"] = str(max(1, cluster.cores // run.processes))
         if not cluster.accelerated:
-            # gloo asks the resolver for this host's address otherwise, which fails on hosts that do not know their name.
+            # gloo asks the resolver for this host's address otherwise, which fails where the name is not known.
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         return environment
 

@@ -13,8 +13,8 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """From now on this process is killed when `parent`, which started it, ends, however that ends. Linux only; elsewhere
-    a worker ends at its next collective, when its peers are gone."""
+    """From now on this process is killed when `parent`, which started it, ends, however that ends. Linux only;
+    elsewhere a worker ends at its next collective, when its peers are gone."""
     if sys.platform != "linux":
         return
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) != 0:

@@ -26,7 +26,7 @@ STDOUT = 1
 
 
 def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory) -> None:
-    """Runs `commands` until all have ended with 0; each one's output goes to its log, rank 0 gets our stdout as console.
+    """Runs `commands` until all have ended with 0. Each one's output goes to its log; rank 0 gets our stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
     Raises what `first_failure` finds, or `FailedRunError` with status 1 when we got SIGINT or SIGTERM.

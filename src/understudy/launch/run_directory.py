@@ -23,7 +23,16 @@ from understudy.recipe.source_map import SourceMap
 __all__ = ["Claim", "RunDirectory", "claim_run_directory", "require_space"]
 
 MARKER = ".understudy-run.json"
-OWNED = ("recipe.yaml", "job.json", "metrics.jsonl", "logs", "tensorboard", "model", "model.unproven")
+OWNED = (
+    "recipe.yaml",
+    "job.json",
+    "metrics.jsonl",
+    "logs",
+    "tensorboard",
+    "model",
+    "model.unproven",
+    "model.unproven.partial",
+)
 """Every name a run writes, apart from the marker; `--overwrite` removes these and nothing else."""
 
 
@@ -163,7 +172,7 @@ def _refuse_earlier_run(directory: RunDirectory, sources: SourceMap) -> None:
         state = "a finished run" if directory.model.exists() else "a run that did not finish"
         raise sources.error(
             "output_dir",
-            f"{directory.path} holds {state}; start again with --overwrite to replace it, or choose another output_dir.",
+            f"{directory.path} holds {state}; replace it with --overwrite, or choose another output_dir.",
         )
 
 

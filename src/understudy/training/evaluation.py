@@ -1,0 +1,126 @@
+"""Evaluation while training: loss over the evaluation set, and greedy answers to some of its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from understudy.contracts import Objective, Strategy
+from understudy.data.batching import evaluation_batches, prompt_and_answer
+from understudy.data.cache import TokenCache
+from understudy.parallel.world import World
+from understudy.training.generation import greedy_answers
+from understudy.training.hooks import Hook, StepResult, TrainingState
+from understudy.training.metrics import evaluation_metrics
+from understudy.training.sinks.registry import Answer, Row, Sink
+
+__all__ = ["EvaluationHook", "Evaluator", "interval_steps"]
+
+SLACK_TOKENS = 8
+"""An answer may grow this much longer than its reference: enough to see that it does."""
+MOST_ANSWER_TOKENS = 256
+"""Longest answer to generate. A longer reference is never matched."""
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What one evaluation takes. Its methods are collectives: every rank calls them."""
+
+    cache: TokenCache
+    strategy: Strategy
+    objective: Objective
+    tokenizer: Any
+    """A transformers tokenizer."""
+    stops: frozenset[int]
+    """Tokens that end an answer."""
+    world: World
+    micro_batch_tokens: int
+    max_length: int
+    max_batches: int | None
+    samples: int
+
+    def metrics(self) -> Row:
+        """Loss, perplexity and token accuracy over the evaluation set."""
+        batches = evaluation_batches(
+            self.cache,
+            micro_batch_tokens=self.micro_batch_tokens,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            max_batches=self.max_batches,
+        )
+        return evaluation_metrics(self.strategy.evaluate(batches, self.objective))
+
+    def answers(self) -> list[Answer]:
+        """Greedy answers to the first `samples` prompts of the evaluation set, the same on every rank. Text is decoded
+        without special tokens and stripped."""
+        count = min(self.samples, len(self.cache.lengths))
+        pairs = [prompt_and_answer(self.cache, i) for i in range(count)]
+        said = greedy_answers(
+            self.strategy,
+            [prompt for prompt, _ in pairs],
+            [self._room(prompt, answer) for prompt, answer in pairs],
+            stops=self.stops | self._ends([answer for _, answer in pairs]),
+            micro_batch_tokens=self.micro_batch_tokens,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        return [
+            Answer(self._text(prompt), self._text(tokens), self._text(answer))
+            for (prompt, answer), tokens in zip(pairs, said)
+        ]
+
+    def _room(self, prompt: Tensor, answer: Tensor) -> int:
+        return min(len(answer) + SLACK_TOKENS, MOST_ANSWER_TOKENS, self.max_length - len(prompt))
+
+    def _ends(self, answers: Sequence[Tensor]) -> set[int]:
+        """The special tokens that references end with, such as a chat template's end of turn."""
+        return {int(answer[-1]) for answer in answers if len(answer)} & set(self.tokenizer.all_special_ids)
+
+    def _text(self, tokens: Tensor | list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+class EvaluationHook(Hook):
+    """Evaluates every `every` steps (not at all when None) and after the last; before the first too, when prompts are
+    answered, so that before and after can be compared. Rows and answers go to the sinks, which rank 0 has."""
+
+    def __init__(self, evaluator: Evaluator, every: int | None, sinks: Sequence[Sink]) -> None:
+        self._evaluator = evaluator
+        self._every = every
+        self._sinks = sinks
+        self._evaluated_step = -1
+        self.last: Row = {}
+        """The last row."""
+
+    def start(self, state: TrainingState) -> None:
+        if self._evaluator.samples:
+            self._evaluate(state)
+
+    def after_step(self, result: StepResult) -> None:
+        if self._every is not None and result.state.step % self._every == 0:
+            self._evaluate(result.state)
+
+    def end(self, state: TrainingState) -> None:
+        if self._evaluated_step != state.step:
+            self._evaluate(state)
+
+    def _evaluate(self, state: TrainingState) -> None:
+        row = {"step": state.step, "epoch": state.epoch, **self._evaluator.metrics()}
+        answers = self._evaluator.answers() if self._evaluator.samples else []
+        if answers:
+            row["eval_exact_match"] = sum(answer.correct for answer in answers) / len(answers)
+        for sink in self._sinks:
+            sink.row(row)
+            sink.answers(state.step, answers)
+        self.last = row
+        self._evaluated_step = state.step
+
+
+def interval_steps(every: float | None, total_steps: int) -> int | None:
+    """Steps between two evaluations: `every` itself, or that fraction of the run, at least one step."""
+    if every is None or isinstance(every, int):
+        return every
+    return max(1, round(every * total_steps))

@@ -1,0 +1,92 @@
+"""The rows of metrics.jsonl: what a logged step says of itself."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from understudy.contracts import LossSum
+from understudy.training.hooks import Hook, StepResult, TrainingState
+from understudy.training.sinks.registry import Row, Sink
+
+__all__ = ["MetricsHook", "evaluation_metrics"]
+
+
+class MetricsHook(Hook):
+    """Gives a row to every sink each `every` steps, and for the last step.
+
+    `loss`, `grad_norm`, `tokens` and `supervised_tokens` are of that step; `tokens_per_second` (real tokens over all
+    ranks) and `step_seconds` (a mean) cover the steps since the last row, without what other hooks do between steps.
+    The device is read once a row. Sinks exist on rank 0 only; the other ranks have none and do nothing.
+    """
+
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        *,
+        every: int,
+        total_steps: int,
+        memory_peak_bytes: Callable[[], int],
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._sinks = sinks
+        self._every = every
+        self._total_steps = total_steps
+        self._memory_peak_bytes = memory_peak_bytes
+        self._clock = clock
+        self._began = 0.0
+        self._forget_interval()
+
+    def before_step(self, state: TrainingState) -> None:
+        self._began = self._clock()
+
+    def after_step(self, result: StepResult) -> None:
+        if not self._sinks:
+            return
+        step = result.state.step
+        logged = step % self._every == 0 or step == self._total_steps
+        if logged:  # waits for the device, so it belongs into the step's time
+            loss, norm = torch.stack([result.loss.loss.float(), result.grad_norm.float()]).tolist()
+        self._seconds += self._clock() - self._began
+        self._steps += 1
+        self._tokens += result.batch.num_input_tokens
+        if logged:
+            row = self._row(result, loss / result.batch.num_tokens, norm)
+            for sink in self._sinks:
+                sink.row(row)
+            self._forget_interval()
+
+    def _row(self, result: StepResult, loss: float, norm: float) -> Row:
+        return {
+            "step": result.state.step,
+            "epoch": result.state.epoch,
+            "loss": loss,
+            "learning_rate": result.learning_rate,
+            "grad_norm": norm,
+            "tokens": result.batch.num_input_tokens,
+            "supervised_tokens": result.batch.num_tokens,
+            "tokens_per_second": self._tokens / self._seconds,
+            "step_seconds": self._seconds / self._steps,
+            "memory_peak_bytes": self._memory_peak_bytes(),
+        }
+
+    def _forget_interval(self) -> None:
+        self._seconds, self._steps, self._tokens = 0.0, 0, 0
+
+
+def evaluation_metrics(total: LossSum) -> Row:
+    """`eval_loss` (nats a supervised token), `eval_perplexity`, and `eval_token_accuracy` where the objective counts
+    `correct` tokens. Sums over no token at all give NaN."""
+    names = list(total.metrics)
+    loss, count, *sums = torch.stack(
+        [value.double() for value in (total.loss, total.num_tokens, *total.metrics.values())]
+    ).tolist()
+    mean = loss / count if count else math.nan
+    # exp overflows past 709 nats; such a model is as good as infinitely perplexed.
+    row = {"eval_loss": mean, "eval_perplexity": math.exp(mean) if not mean > 700 else math.inf}
+    for name, value in zip(names, sums):
+        row["eval_token_accuracy" if name == "correct" else f"eval_{name}"] = value / count if count else math.nan
+    return row
