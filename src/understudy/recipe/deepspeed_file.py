@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,18 @@ _OPTIMIZER_PARAMS |= {"momentum": "momentum"}
 
 _SCHEDULERS = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
-_SECTIONS = ("zero_optimization", "fp16", "bf16", "optimizer", "scheduler")
+_SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "zero_optimization.offload_param",
+    "fp16",
+    "bf16",
+    "data_types",
+    "optimizer",
+    "optimizer.params",
+    "scheduler",
+    "scheduler.params",
+)
 
 
 class EffectiveDeepSpeed(NamedTuple):
@@ -59,19 +71,30 @@ def _parse(path: str | Path) -> tuple[dict[str, Any], dict[str, int]]:
     config, lines = parse_json(read_text(Path(path), "DeepSpeed file"), str(path))
     if not isinstance(config, dict):
         raise UserError("a DeepSpeed file is a mapping of keys; begin with {.", file=path, line=1)
-    zero = config.get("zero_optimization")
-    parents = {"": config, "zero_optimization.": zero if isinstance(zero, dict) else {}}
-    for prefix, names in (("", _SECTIONS), ("zero_optimization.", ("offload_optimizer", "offload_param"))):
-        for name in names:
-            value = parents[prefix].get(name)
-            if value is not None and not isinstance(value, dict):
-                message = f"`{prefix}{name}` must be a mapping of keys, not {value!r}."
-                raise UserError(message, file=path, line=lines[f"{prefix}{name}"])
-    stage = parents["zero_optimization."].get("stage", "auto")
-    if stage != "auto" and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
-        line = lines["zero_optimization.stage"]
-        raise UserError(f"`zero_optimization.stage` must be 0, 1, 2 or 3, not {stage!r}.", file=path, line=line)
+    for key, problem in _malformed(config):
+        raise UserError(f"`{key}` {problem}.", file=path, line=lines.get(key, 1))
     return config, lines
+
+
+def _malformed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Key and problem of what cannot even be compared with a recipe; DeepSpeed itself judges the rest."""
+    for key in _SECTIONS:
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None and not isinstance(value, dict):
+            yield key, f"must be a mapping of keys, not {json.dumps(value)[:40]}"
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict):
+        return
+    stage = zero.get("stage", "auto")
+    if stage != "auto" and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
+        yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, not {json.dumps(stage)[:40]}"
+    for name in ("offload_optimizer", "offload_param"):
+        section = zero.get(name)
+        device = section.get("device", "auto") if isinstance(section, dict) else "auto"
+        if device not in ("auto", "none", "cpu", "nvme"):
+            yield f"zero_optimization.{name}.device", f"must be none, cpu or nvme, not {json.dumps(device)[:40]}"
 
 
 def effective_deepspeed(strategy: DeepSpeed) -> EffectiveDeepSpeed:
@@ -144,6 +167,13 @@ def _batch_contradictions(config: Mapping[str, Any], recipe: Recipe) -> Iterator
 
 
 def _precision_contradictions(config: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, str]]:
+    reduction = {
+        "data_types.grad_accum_dtype": (config.get("data_types") or {}).get("grad_accum_dtype"),
+        "communication_data_type": config.get("communication_data_type"),
+    }
+    for key, given in reduction.items():
+        if _is_set(given) and given != "fp32":
+            yield key, f"`{key}` must be fp32: gradients are summed in fp32 under every strategy; leave it out."
     precision = recipe.training.precision
     if precision == "auto":
         return

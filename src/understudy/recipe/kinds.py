@@ -24,7 +24,7 @@ SCHEDULE_FIELDS: dict[str, frozenset[str]] = {
     "constant": frozenset({"kind", "warmup_ratio"}),
     "polynomial": frozenset({"kind", "warmup_ratio", "min_ratio", "power"}),
     "wsd": frozenset({"kind", "warmup_ratio", "min_ratio", "decay_ratio"}),
-    "step": frozenset({"kind", "warmup_ratio", "gamma", "step_epochs"}),
+    "step": frozenset({"kind", "warmup_ratio", "min_ratio", "gamma", "step_epochs"}),
 }
 
 

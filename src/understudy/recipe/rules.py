@@ -264,10 +264,14 @@ def parameter_offload_needs_stage_3(recipe: Recipe) -> Violations:
 @rule
 def nvme_offload_has_a_path(recipe: Recipe) -> Violations:
     strategy = recipe.strategy
-    if isinstance(strategy, DeepSpeed) and strategy.config is None and not strategy.nvme_path:
-        _, optimizer, parameters = effective_deepspeed(strategy)
-        if "nvme" in (optimizer, parameters):
-            yield "strategy", "offloading to nvme needs `strategy.nvme_path`, a directory on that disk."
+    if not isinstance(strategy, DeepSpeed) or strategy.nvme_path:
+        return
+    _, optimizer, parameters = effective_deepspeed(strategy)
+    config = read_deepspeed_file(strategy.config) if strategy.config else {}
+    zero = config.get("zero_optimization") or {}
+    for name, device in (("offload_optimizer", optimizer), ("offload_param", parameters)):
+        if device == "nvme" and not (zero.get(name) or {}).get("nvme_path"):
+            yield "strategy", f"`{name}` to nvme needs `strategy.nvme_path`, a directory on that disk."
 
 
 @rule
