@@ -1,4 +1,4 @@
-"""Elementwise optimizers over FSDP2 parameters: each rank updates its own shard as a plain tensor."""
+"""Optimizers over FSDP2 parameters: elementwise ones on plain local shards, others with what they need of the whole."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
-__all__ = ["LocalShards", "over_local_shards"]
+__all__ = ["LocalShards", "over_local_shards", "replicated", "sharded_like"]
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -64,6 +64,23 @@ class LocalShards(torch.optim.Optimizer):
             if shard in self._inner.state:
                 self.state[parameter] = self._inner.state[shard]
         return None
+
+
+def replicated(tensor: Tensor) -> Tensor:
+    """`tensor` with every shard and partial sum of a DTensor put together on every rank; a collective for DTensors."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+    return whole
+
+
+def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A plain `tensor`, the same on every rank, as a DTensor laid out like `parameter` if that is one. No collective."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh = parameter.device_mesh
+    whole = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=parameter.placements)
 
 
 def _local(tensor: Tensor) -> Tensor:
