@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-__all__ = ["recipe_arguments"]
+__all__ = ["recipe_arguments", "sampling_options"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -21,3 +22,35 @@ def recipe_arguments(function: Function) -> Function:
     # Decorators apply from the last line up, so RECIPE comes first on the command line.
     function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
     return click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")(function)
+
+
+def sampling_options(function: Function) -> Function:
+    """Adds how answers are generated: `max_new_tokens: int, temperature: float, top_p: float, seed: int | None`."""
+
+    @functools.wraps(function)
+    def checked(*, temperature: float, top_p: float | None, **others: Any) -> Any:
+        if top_p is not None and temperature == 0.0:
+            raise click.UsageError("--top-p narrows a random draw, and there is none without --temperature above 0.")
+        return function(temperature=temperature, top_p=1.0 if top_p is None else top_p, **others)
+
+    options = (
+        click.option(
+            "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer."
+        ),
+        click.option(
+            "--temperature",
+            type=click.FloatRange(min=0.0),
+            default=0.0,
+            show_default=True,
+            help="Randomness; 0 takes the likeliest token each time.",
+        ),
+        click.option(
+            "--top-p",
+            type=click.FloatRange(min=0.0, max=1.0, min_open=True),
+            help="Draw from the likeliest tokens that hold this share of the probability.  [default: 1]",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), help="Makes a random draw repeatable."),
+    )
+    for option in reversed(options):
+        checked = option(checked)
+    return cast(Function, checked)
