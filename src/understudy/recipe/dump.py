@@ -17,7 +17,7 @@ def dump_recipe(recipe: Recipe) -> str:
     A field that has no effect, such as `epochs` beside `max_steps`, is left out: written down, it would be refused.
     A `model.trust_remote_code` that was granted is written for the record, and has to be granted again.
     """
-    values = recipe.model_dump(mode="json")
+    values = recipe.model_dump()
     for name, section in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule)):
         for field in unread_fields(section):
             if field not in section.model_fields_set:

@@ -53,6 +53,13 @@ class CoreDumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # Only double quotes keep line breaks of every kind (\n, \x85, \u2028) through PyYAML's emitter and scanner.
+        return self.represent_scalar(_STR, data, style=None if data.isprintable() else '"')
+
+
+CoreDumper.add_representer(str, CoreDumper.represent_str)
+
 
 def parse_yaml(text: str, file: str) -> tuple[Any, dict[str, int]]:
     """The value of one YAML document, and the line (from 1) of each dotted key in it. Raises `UserError`."""
