@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from understudy.devices.device import DocumentAttention
+from understudy.devices.attention import DocumentAttention
 
 __all__ = ["CPU"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from understudy.devices.device import DocumentAttention
+from understudy.devices.attention import DocumentAttention
 from understudy.devices.flash import FlashAttention, VariableLengthAttention
 
 __all__ = ["CUDA"]

@@ -1,39 +1,14 @@
-"""What the rest of the program may ask of a device. The files beside this one are the only ones that name a device API."""
+"""What the rest of the program may ask of a device; only the files beside this one name a device API."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from understudy.devices.documents import Documents
+from understudy.devices.attention import DocumentAttention
 
-__all__ = ["Device", "DocumentAttention", "find_device"]
-
-
-class DocumentAttention(Protocol):
-    """A kernel for causal attention inside each document of a flat micro-batch, gradients included."""
-
-    def supports(self, dtype: torch.dtype, head_size: int, dropout: float, softcap: float | None) -> bool:
-        """Whether `__call__` computes exactly this. Where it does not, a slower kernel that does is used."""
-        ...
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        documents: Documents,
-        *,
-        scale: float,
-        window: int | None,
-        dropout: float,
-        softcap: float | None,
-    ) -> Tensor:
-        """`query` [T, Hq, D], `key` and `value` [T, Hkv, D] to [T, Hq, D]. A token sees itself and at most
-        `window` − 1 tokens before it, or all of them."""
-        ...
+__all__ = ["Device", "find_device"]
 
 
 class Device(Protocol):

@@ -7,47 +7,41 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from understudy.devices.documents import Documents
+from understudy.devices.attention import AttentionRule, Documents
 
 __all__ = ["FlashAttention", "VariableLengthAttention"]
 
-_HALF = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256
+
+
+def _fits(query: Tensor, value: Tensor) -> bool:
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
+
+
+def _window(rule: AttentionRule) -> tuple[int, int]:
+    """(left, right) tokens seen beside the token itself; −1 is all of them."""
+    return (-1 if rule.window is None else rule.window - 1, 0)
 
 
 class VariableLengthAttention:
     """`torch.nn.attention.varlen.varlen_attn` (torch ≥ 2.10). Not yet verified on a device."""
 
-    def supports(self, dtype: torch.dtype, head_size: int, dropout: float, softcap: float | None) -> bool:
-        return dtype in _HALF and head_size <= _LARGEST_HEAD and dropout == 0.0 and softcap is None
+    def supports(self, query: Tensor, value: Tensor, rule: AttentionRule) -> bool:
+        return _fits(query, value) and rule.dropout == 0.0 and rule.softcap is None and rule.sinks is None
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        documents: Documents,
-        *,
-        scale: float,
-        window: int | None,
-        dropout: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, rule: AttentionRule) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        output: Tensor = varlen_attn(
-            query,
-            key,
-            value,
-            documents.offsets,
-            documents.offsets,
-            documents.longest,
-            documents.longest,
-            scale=scale,
-            # (left, right) tokens seen beside the token itself; −1 is all of them.
-            window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+        offsets, longest = documents.offsets, documents.longest
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            # Grouped heads became an argument only after torch 2.10; repeating them is right with every version.
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        output = varlen_attn(
+            query, key, value, offsets, offsets, longest, longest, scale=rule.scale, window_size=_window(rule)
         )
+        assert isinstance(output, Tensor), "a pair comes only with return_aux"
         return output
 
 
@@ -58,35 +52,25 @@ class FlashAttention:
     def installed() -> bool:
         return find_spec("flash_attn") is not None
 
-    def supports(self, dtype: torch.dtype, head_size: int, dropout: float, softcap: float | None) -> bool:
-        return dtype in _HALF and head_size <= _LARGEST_HEAD
+    def supports(self, query: Tensor, value: Tensor, rule: AttentionRule) -> bool:
+        return _fits(query, value) and rule.sinks is None
 
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        documents: Documents,
-        *,
-        scale: float,
-        window: int | None,
-        dropout: float,
-        softcap: float | None,
-    ) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, rule: AttentionRule) -> Tensor:
         from flash_attn import flash_attn_varlen_func
 
+        offsets, longest = documents.offsets, documents.longest
         output: Tensor = flash_attn_varlen_func(
             query,
             key,
             value,
-            documents.offsets,
-            documents.offsets,
-            documents.longest,
-            documents.longest,
-            dropout_p=dropout,
-            softmax_scale=scale,
+            offsets,
+            offsets,
+            longest,
+            longest,
+            dropout_p=rule.dropout,
+            softmax_scale=rule.scale,
             causal=True,
-            window_size=(-1 if window is None else window - 1, 0),
-            softcap=softcap or 0.0,
+            window_size=_window(rule),
+            softcap=rule.softcap or 0.0,
         )
         return output

@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from understudy.devices.device import DocumentAttention
-from understudy.devices.documents import Documents
+from understudy.devices.attention import AttentionRule, DocumentAttention, Documents
 
 __all__ = ["NPU"]
 
@@ -53,40 +53,31 @@ class NPU:
 class FusionAttention:
     """`torch_npu.npu_fusion_attention` in its TND layout. Not yet verified on a device."""
 
-    def supports(self, dtype: torch.dtype, head_size: int, dropout: float, softcap: float | None) -> bool:
-        return dtype in (torch.bfloat16, torch.float16) and head_size % 16 == 0 and softcap is None
+    def supports(self, query: Tensor, value: Tensor, rule: AttentionRule) -> bool:
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        plain = rule.softcap is None and rule.sinks is None
+        return half and plain and query.shape[-1] == value.shape[-1] and query.shape[-1] % 16 == 0
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        documents: Documents,
-        *,
-        scale: float,
-        window: int | None,
-        dropout: float,
-        softcap: float | None,
-    ) -> torch.Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, rule: AttentionRule) -> Tensor:
         import torch_npu
 
         ends = torch.tensor(documents.lengths).cumsum(0).tolist()
         # The kernel takes a fixed upper-triangular 2048 × 2048 mask as the pattern of causal (mode 3) or banded
         # (mode 4) attention, whatever the lengths.
         mask = torch.ones(2048, 2048, dtype=torch.bool, device=query.device).triu(1)
-        before = documents.longest if window is None else window - 1
-        output: torch.Tensor = torch_npu.npu_fusion_attention(
+        before = documents.longest if rule.window is None else rule.window - 1
+        output: Tensor = torch_npu.npu_fusion_attention(
             query,
             key,
             value,
             query.shape[1],
             input_layout="TND",
             atten_mask=mask,
-            scale=scale,
-            keep_prob=1.0 - dropout,
+            scale=rule.scale,
+            keep_prob=1.0 - rule.dropout,
             pre_tockens=before,
             next_tockens=0,
-            sparse_mode=3 if window is None else 4,
+            sparse_mode=3 if rule.window is None else 4,
             actual_seq_qlen=ends,
             actual_seq_kvlen=ends,
         )[0]

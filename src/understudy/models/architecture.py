@@ -35,8 +35,8 @@ def make_config(values: dict[str, Any], overrides: dict[str, Any]) -> PreTrained
         raise UserError("the model's configuration names no model_type; set model.config.model_type, such as llama.")
     if model_type not in CONFIG_MAPPING:
         raise UserError(
-            f"transformers knows no model_type {model_type!r}{_nearest(str(model_type), list(CONFIG_MAPPING))}; a model "
-            "that ships its own code needs --trust-remote-code on the command line."
+            f"transformers knows no model_type {model_type!r}{_nearest(str(model_type), list(CONFIG_MAPPING))}; a "
+            "model that ships its own code needs --trust-remote-code on the command line."
         )
     kind = CONFIG_MAPPING[model_type]
     known = set(kind().to_dict()) | set(kind.attribute_map) | {"model_type"}

@@ -4,7 +4,7 @@
 attention function. Called without it (generation, a model's own forward) the function is plain causal attention, cache
 and padding mask included.
 
-Shape letters: T tokens, L tokens of one document, Hq query heads, Hkv key and value heads, D head size.
+Shape letters: B sequences (1 with documents), H heads, T tokens, D head size.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from understudy.devices.device import Device, DocumentAttention
-from understudy.devices.documents import Documents
+from understudy.devices.attention import AttentionRule, DocumentAttention, Documents
+from understudy.devices.device import Device
 from understudy.errors import UserError
-from understudy.models.attention_math import causal_window_mask, explicit_attention
+from understudy.models.attention_math import causal_window_mask, explicit_attention, fused_attention
 
 __all__ = ["isolating_documents", "register_attention"]
 
@@ -90,7 +90,7 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
 
 
 class _DocumentAwareAttention:
-    """An attention function as transformers calls it: [1, H, T, D] to [1, T, H, D] and no weights."""
+    """An attention function as transformers calls it: [B, H, T, D] to [B, T, H, D] and no weights."""
 
     def __init__(self, kernel: DocumentAttention | None, explicit: bool) -> None:
         self.kernel = kernel
@@ -110,96 +110,63 @@ class _DocumentAwareAttention:
         sliding_window: int | None = None,
         softcap: float | None = None,
         s_aux: Tensor | None = None,
-        is_causal: bool | None = None,
-        position_bias: Tensor | None = None,
         documents: Documents | None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        explicit = self.explicit or softcap is not None or s_aux is not None
+        rule = AttentionRule(scale, sliding_window, dropout, softcap, s_aux)
         if documents is None:
-            causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-            output = _plain(query, key, value, attention_mask, position_bias, dropout, scale, softcap, s_aux, causal, explicit)
-            return output.transpose(1, 2).contiguous(), None
+            return _plain(module, query, key, value, attention_mask, rule, others), None
+        _refuse_what_documents_cannot_have(module, attention_mask, others)
+        if self.kernel is not None and self.kernel.supports(query, value, rule):
+            q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+            return self.kernel(q, k, v, documents, rule).unsqueeze(0), None
+        return self._document_by_document(query, key, value, documents, rule), None
 
-        _refuse_what_documents_cannot_have(module, attention_mask, position_bias, is_causal)
-        kernel = self.kernel
-        if kernel is not None and s_aux is None and key.shape[-1] == value.shape[-1]:
-            if kernel.supports(query.dtype, query.shape[-1], dropout, softcap):
-                flat = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
-                output = kernel(*flat, documents, scale=scale, window=sliding_window, dropout=dropout, softcap=softcap)
-                return output.unsqueeze(0), None
-
+    def _document_by_document(
+        self, query: Tensor, key: Tensor, value: Tensor, documents: Documents, rule: AttentionRule
+    ) -> Tensor:
         outputs = []
-        for q, k, v in zip(*(tensor.split(documents.lengths, dim=2) for tensor in (query, key, value))):
-            if explicit:
-                mask = causal_window_mask(q.shape[2], sliding_window, q.device)
-                part = explicit_attention(q, k, v, mask, scale, dropout, softcap, s_aux)
+        split = (torch.split(tensor, list(documents.lengths), dim=2) for tensor in (query, key, value))
+        for q, k, v in zip(*split):
+            if self.explicit or _needs_explicit(rule):
+                output = explicit_attention(q, k, v, causal_window_mask(q.shape[2], rule.window, q.device), rule)
             else:
-                part = _fused(q, k, v, sliding_window, scale, dropout)
-            outputs.append(part.transpose(1, 2))
-        return torch.cat(outputs, dim=1), None
+                output = fused_attention(q, k, v, rule)
+            outputs.append(output.transpose(1, 2))
+        return torch.cat(outputs, dim=1)
 
 
-def _refuse_what_documents_cannot_have(
-    module: nn.Module, mask: Tensor | None, position_bias: Tensor | None, is_causal: bool | None
-) -> None:
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if mask is not None or position_bias is not None or not causal:
-        what = "a mask" if mask is not None else "position biases" if position_bias is not None else "no causal order"
+def _needs_explicit(rule: AttentionRule) -> bool:
+    return rule.softcap is not None or rule.sinks is not None
+
+
+def _refuse_what_documents_cannot_have(module: nn.Module, mask: Tensor | None, others: dict[str, Any]) -> None:
+    causal = others.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if mask is not None or others.get("position_bias") is not None or not causal:
         raise UserError(
-            f"{type(module).__name__} attends with {what} of its own, so it cannot be made document-aware; "
-            "choose a model whose attention goes through transformers' attention interface."
+            f"{type(module).__name__} attends by a mask, position biases or an order of its own, so it cannot be made "
+            "document-aware; choose another architecture."
         )
-
-
-def _fused(query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float, dropout: float) -> Tensor:
-    """PyTorch's scaled dot-product attention over one document. A sliding window goes through it in bands of `window`
-    queries, which see at most twice as many keys, so that memory grows with L · window and not with L²."""
-    length = query.shape[2]
-    grouped = query.shape[1] != key.shape[1]
-    if window is None or length <= window:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=scale, enable_gqa=grouped
-        )
-    bands = []
-    for start in range(0, length, window):
-        end, first = min(start + window, length), max(0, start - window + 1)
-        mask = causal_window_mask(end - first, window, query.device)[start - first :]
-        bands.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:end],
-                key[:, :, first:end],
-                value[:, :, first:end],
-                attn_mask=mask,
-                dropout_p=dropout,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(bands, dim=2)
 
 
 def _plain(
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    position_bias: Tensor | None,
-    dropout: float,
-    scale: float,
-    softcap: float | None,
-    sinks: Tensor | None,
-    causal: bool,
-    explicit: bool,
+    rule: AttentionRule,
+    others: dict[str, Any],
 ) -> Tensor:
-    """Attention as transformers' own: `mask` is boolean [B, 1, Q, K], or None for causal over all or the last Q keys."""
-    if mask is None and causal and query.shape[2] > 1:
-        mask = causal_window_mask(key.shape[2], None, query.device)[-query.shape[2] :]
-    if explicit:
-        return explicit_attention(query, key, value, mask, scale, dropout, softcap, sinks, position_bias)
-    if position_bias is not None:
-        mask = position_bias if mask is None else position_bias.masked_fill(~mask, float("-inf"))
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    """Attention without documents, as transformers' own: `mask` is boolean, None where order alone decides."""
+    if not _needs_explicit(rule):
+        output: Tensor = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=rule.dropout, scaling=rule.scale, **others
+        )[0]
+        return output
+    if mask is None and query.shape[2] > 1:
+        mask = causal_window_mask(key.shape[2], rule.window, query.device)[-query.shape[2] :]
+    return explicit_attention(query, key, value, mask, rule).transpose(1, 2).contiguous()

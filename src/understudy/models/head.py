@@ -55,7 +55,8 @@ class LossHead(nn.Linear):
             return super().forward(hidden)
         metrics: dict[str, Tensor] = {}
         work = _Work(token_loss, self.transform, self.chunk_bytes, metrics, with_gradient=torch.is_grad_enabled())
-        return _ChunkedLoss.apply(hidden, self.weight, self.bias, work), metrics
+        loss: Tensor = _ChunkedLoss.apply(hidden, self.weight, self.bias, work)  # type: ignore[no-untyped-call]
+        return loss, metrics
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`hidden` [n, H] to the model's logits [n, V] in fp32. Goes through `__call__`, so hooks run."""
@@ -120,7 +121,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         if ctx.gradients is None:
             raise RuntimeError("the head's gradient can be taken once: its buffers are scaled in place")

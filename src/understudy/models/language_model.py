@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers import PreTrainedModel
 
 from understudy.contracts import IGNORED, Batch, LossSum, TokenLoss
-from understudy.devices.documents import Documents
+from understudy.devices.attention import Documents
 from understudy.errors import UserError
 from understudy.models.attention import isolating_documents
 from understudy.models.head import LossHead
@@ -121,4 +121,4 @@ def _selective_contexts() -> Any:
         kernel = operator in _COSTLY or operator.namespace in ("torch_attn", "flash_attn")
         return CheckpointPolicy.MUST_SAVE if kernel else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return create_selective_checkpoint_contexts(policy)
+    return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]

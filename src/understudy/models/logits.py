@@ -1,4 +1,4 @@
-"""What an architecture does to its head's output before calling it logits, with its gradient: nothing, a scale, a cap."""
+"""What an architecture makes of its head's output before calling it logits: nothing, a scale or a cap."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class SoftCap:
-    """logits = cap · tanh(raw / cap), whose derivative is 1 − (logits / cap)² (Gemma 2, arXiv:2408.00118, section 2)."""
+    """logits = cap · tanh(raw / cap), with derivative 1 − (logits / cap)² (Gemma 2, arXiv:2408.00118, section 2)."""
 
     cap: float
 

@@ -100,8 +100,8 @@ def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(f"{source} has no revision {revision!r} on the Hub; check model.revision.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"{source} is not a directory here, and the Hub cannot be reached ({type(error).__name__}); check the path, "
-            "or download the model on a machine with network access."
+            f"{source} is not a directory here, and the Hub cannot be reached ({type(error).__name__}); check the "
+            "path, or download the model on a machine with network access."
         ) from None
 
 

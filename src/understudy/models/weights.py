@@ -124,7 +124,7 @@ class WeightReader:
 
     def _open(self, file: Path) -> Any:
         try:
-            self._handles[file] = safe_open(file, framework="pt", device="cpu").__enter__()
+            self._handles[file] = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"cannot be read as safetensors ({error}); it is truncated or damaged: get the model again.", file=file

@@ -20,6 +20,7 @@ __all__ = [
     "console_descriptor",
     "launcher_process",
     "process_environment",
+    "visible_devices",
 ]
 
 RENDEZVOUS_VARIABLE = "UNDERSTUDY_RENDEZVOUS"
@@ -111,3 +112,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise UserError(
             f"the environment variable {name} is {env.get(name, 'not set')!r}; it must be a number."
         ) from None
+
+
+def visible_devices(variable: str) -> str | None:
+    """The list by which a vendor's variable, such as CUDA_VISIBLE_DEVICES, hides devices; None when it is not set."""
+    return os.environ.get(variable)

@@ -1,0 +1,92 @@
+"""What this machine has, found without torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from understudy.plan.machine import Machine
+from understudy.recipe.environment import visible_devices
+
+__all__ = ["detect_machine"]
+
+_MEBIBYTE = 2**20
+_QUERY_SECONDS = 20
+"""A driver that answers later than this is as good as none."""
+
+
+def detect_machine(root: Path = Path("/")) -> Machine:
+    """Accelerators, memory and cores that this process may use; `root` is the file system's root.
+
+    Accelerators are counted from the kernel's own files, less those that CUDA_VISIBLE_DEVICES or
+    ASCEND_RT_VISIBLE_DEVICES hides; their memory is what the vendor's tool says, 0 where there is none to ask.
+    """
+    gpus = len(list((root / "proc/driver/nvidia/gpus").glob("*"))) or _numbered(root / "dev", "nvidia")
+    if devices := _visible(gpus, visible_devices("CUDA_VISIBLE_DEVICES")):
+        command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return Machine(devices, _smallest_mebibytes(command, r"^\s*(\d+)"), _cores(root))
+    if devices := _visible(_numbered(root / "dev", "davinci"), visible_devices("ASCEND_RT_VISIBLE_DEVICES")):
+        command = ["npu-smi", "info", "-t", "memory", "-i", "0"]
+        return Machine(devices, _smallest_mebibytes(command, r"(?:HBM|DDR) Capacity\(MB\)\s*:\s*(\d+)"), _cores(root))
+    return Machine(0, _host_memory_bytes(root), _cores(root))
+
+
+def _numbered(directory: Path, prefix: str) -> int:
+    return sum(1 for path in directory.glob(f"{prefix}*") if re.fullmatch(rf"{prefix}\d+", path.name))
+
+
+def _visible(present: int, listed: str | None) -> int:
+    """How many of `present` devices a visibility list leaves: those before its first entry that names none."""
+    if listed is None:
+        return present
+    count = 0
+    for entry in (part.strip() for part in listed.split(",")):
+        # An entry that is no number is a device's UUID.
+        if not entry or entry.startswith("-") or (entry.isdigit() and int(entry) >= present):
+            break
+        count += 1
+    return min(count, present)
+
+
+def _smallest_mebibytes(command: list[str], pattern: str) -> int:
+    """Bytes of the smallest device in the output of a vendor's tool; 0 when it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return 0
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
+    except (subprocess.SubprocessError, OSError):
+        return 0
+    sizes = [int(size) for size in re.findall(pattern, done.stdout, flags=re.MULTILINE)]
+    return min(sizes, default=0) * _MEBIBYTE
+
+
+def _cores(root: Path) -> int:
+    """Cores this process may run on, less what its control group's quota (version 2 or 1) takes away."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = root / "sys/fs/cgroup"
+    quota, _, period = _read(groups / "cpu.max").partition(" ")
+    if not quota:
+        quota, period = _read(groups / "cpu/cpu.cfs_quota_us"), _read(groups / "cpu/cpu.cfs_period_us")
+    if quota.isdigit() and period.isdigit() and int(period) > 0:
+        allowed = min(allowed, -(-int(quota) // int(period)))
+    return max(1, allowed)
+
+
+def _host_memory_bytes(root: Path) -> int:
+    """The host's memory, or less where the control group limits it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if found := re.search(r"MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo")):
+        total = int(found[1]) * 1024
+    groups = root / "sys/fs/cgroup"
+    limit = _read(groups / "memory.max") or _read(groups / "memory/memory.limit_in_bytes")
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""

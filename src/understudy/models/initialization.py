@@ -1,0 +1,65 @@
+"""Random weights as a model directory, made once, so that every strategy starts from the same files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import __version__ as transformers_version
+
+from understudy.errors import UserError
+from understudy.models.architecture import make_config
+from understudy.models.source import read_config
+from understudy.recipe import schema
+
+__all__ = ["materialize_random"]
+
+
+def materialize_random(model: schema.Model, seed: int, cache: Path) -> Path:
+    """A model directory with random fp32 weights for `model` with `init: random`, drawn under `seed`.
+
+    The architecture is `model.config`, over the config.json of `model.path` where one is given. The directory lies in
+    `cache` under a digest of all that decides its contents; one process builds it, others wait, and it appears whole.
+    Raises `UserError` for a configuration that describes no model. Needs the model's size in host memory.
+    """
+    config = make_config(read_config(model), overrides=model.config)
+    described = [config.to_dict(), seed, torch.__version__, transformers_version]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    directory = cache / "models" / digest[:32]
+    if directory.is_dir():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{directory}.lock"):
+        if directory.is_dir():
+            return directory
+        building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
+        try:
+            _build(config, seed, building)
+            building.rename(directory)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return directory
+
+
+def _build(config: PreTrainedConfig, seed: int, directory: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Sizes that contradict each other surface in whatever layer meets them first.
+        except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, ZeroDivisionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"model.config describes no {config.model_type} that can be built: {reason}; check its sizes."
+            ) from error
+    network.save_pretrained(directory, save_original_format=False)
+    for file in directory.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
