@@ -75,8 +75,7 @@ def exit_status(arguments: Sequence[str]) -> int:
         click.echo(error.format_message())
         return 2
     except click.UsageError as error:
-        where = f" See `{error.ctx.command_path} --help`." if error.ctx else ""
-        return _fail(" ".join(error.format_message().split()) + where, 2)
+        return _fail(_usage(error), 2)
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
@@ -97,6 +96,14 @@ def _fail(message: str, status: int) -> int:
     for line in message.splitlines():
         click.echo(f"error: {line}", err=True)
     return status
+
+
+def _usage(error: click.UsageError) -> str:
+    message = " ".join(error.format_message().split())
+    if error.ctx is None:
+        return message
+    stop = "" if message.endswith((".", "?")) else "."
+    return f"{message}{stop} See `{error.ctx.command_path} --help`."
 
 
 def _first_line(error: BaseException) -> str:

@@ -144,7 +144,8 @@ def _same(given: Any, ours: Any) -> bool:
 def _disagrees(key: str, given: Any, ours_key: str, ours: Any) -> tuple[str, str]:
     return (
         key,
-        f'`{key}` is {given!r} here but `{ours_key}` is {ours!r} in the recipe; make them equal or write "auto".',
+        f"`{key}` is {json.dumps(given)} here but `{ours_key}` is {json.dumps(ours)} in the recipe; "
+        'make them equal or write "auto" here.',
     )
 
 

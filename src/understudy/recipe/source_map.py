@@ -21,6 +21,8 @@ class SourceMap:
 
     def locate(self, key: str) -> tuple[str | None, int | None]:
         """File and line of `key`, or of the nearest mapping around it that stands in the file."""
+        if key not in self.lines and any(given.startswith(f"{key}.") for given in self.overridden):
+            return "command line", None  # a mapping that an override made
         parts = key.split(".")
         for end in range(len(parts), 0, -1):
             prefix = ".".join(parts[:end])
