@@ -75,7 +75,7 @@ def replicated(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """A plain `tensor`, the same on every rank, as a DTensor laid out like `parameter` if that is one. No collective."""
+    """A plain `tensor`, the same on every rank, laid out like `parameter` where that is a DTensor. No collective."""
     if not isinstance(parameter, DTensor):
         return tensor
     mesh = parameter.device_mesh

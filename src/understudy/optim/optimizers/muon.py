@@ -37,8 +37,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Muon's update is scaled to AdamW's root mean square (Liu et al., 2025, "Muon is Scalable for LLM Training"), so that
     both take the same learning rate and weight decay. Its momentum is the first beta. A sharded matrix is gathered for
-    its orthogonalisation, one at a time, a collective: on shards (as `torch.optim.Muon` would work there) other sums are
-    rounded to bf16, which five iterations amplify to a percent of the update.
+    its orthogonalisation, one at a time, a collective: on shards, as `torch.optim.Muon` works there, the iterations
+    round other sums to bf16 and the update differs by a percent from that of one process.
     """
 
     def __init__(
@@ -51,19 +51,12 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float,
         fused: bool,
     ) -> None:
-        self._adamw = (
-            torch.optim.AdamW(other_groups, lr=lr, betas=betas, eps=eps, fused=fused) if other_groups else None
-        )
-        others = self._adamw.param_groups if self._adamw else []
-        matrices = [{**group, "momentum": betas[0]} for group in matrix_groups]
-        super().__init__(
-            [
-                {**group, "orthogonal": orthogonal}
-                for orthogonal in (True, False)
-                for group in (others, matrices)[orthogonal]
-            ],
-            {"lr": lr},
-        )
+        groups = [{**group, "momentum": betas[0], "orthogonal": True} for group in matrix_groups]
+        self._adamw = None
+        if other_groups:
+            self._adamw = torch.optim.AdamW(other_groups, lr=lr, betas=betas, eps=eps, fused=fused)
+            groups += [{**group, "orthogonal": False} for group in self._adamw.param_groups]
+        super().__init__(groups, {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

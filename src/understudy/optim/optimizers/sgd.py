@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from understudy.optim.elementwise import ElementwiseOptimizer
 from understudy.optim.groups import decay_groups
 from understudy.optim.shards import over_local_shards
 from understudy.recipe.schema import Optimizer
 
-__all__ = ["make"]
+__all__ = ["SGD", "make"]
 
 
 def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
-    # PyTorch's SGD couples weight decay to the gradient, which a recipe's `weight_decay` must not mean here.
-    from optimi import SGD
-
+    settings = {"lr": optimizer.learning_rate, "momentum": optimizer.momentum}
     return over_local_shards(
-        decay_groups(named_parameters, optimizer.weight_decay),
-        lambda groups: SGD(groups, lr=optimizer.learning_rate, momentum=optimizer.momentum, decouple_wd=True),
+        decay_groups(named_parameters, optimizer.weight_decay), lambda groups: SGD(groups, settings)
     )
+
+
+class SGD(ElementwiseOptimizer):
+    """PyTorch's own couples weight decay to the gradient, which a recipe's `weight_decay` does not mean."""
+
+    def change(self, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        lr: float = group["lr"]
+        momentum: float = group["momentum"]
+        if momentum == 0:
+            return grad * -lr
+        before = state["momentum_buffer"].float() if state else torch.zeros_like(grad)
+        state["momentum_buffer"] = grad + before * momentum
+        return state["momentum_buffer"] * -lr
