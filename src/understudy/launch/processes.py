@@ -40,6 +40,8 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory) -> N
             exits = _watch(started, received)
         finally:
             _stop(started)
+            if any(process.returncode for process in started):
+                _restore_terminal()
     if received:
         raise FailedRunError(f"stopped by {received[0].name}", exit_status=1)
     if any(end.status != 0 for end in exits):
@@ -97,6 +99,12 @@ def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
     for process in started:
         _signal_group(process, signal.SIGKILL)
         process.wait()
+
+
+def _restore_terminal() -> None:
+    """A process that was stopped may have left a progress bar on the console, and the cursor hidden."""
+    if os.isatty(STDOUT):
+        os.write(STDOUT, b"\n\x1b[?25h")
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

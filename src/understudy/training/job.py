@@ -1,0 +1,59 @@
+"""What every process of a run is told: a resolved recipe and where the prepared things are. One JSON file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
+
+__all__ = ["Job", "read_job", "write_job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    """No `auto` left that a process would have to decide."""
+    sources: SourceMap
+    """So that an error found by a process still names a line."""
+    run_directory: Path
+    model_directory: Path
+    """config.json and weights, random ones materialised."""
+    tokenizer_directory: Path
+    train: Path
+    """Entry of the token cache."""
+    evaluation: Path | None
+
+
+def write_job(path: Path, job: Job) -> None:
+    values = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "sources": {
+            "file": job.sources.file,
+            "lines": dict(job.sources.lines),
+            "overridden": sorted(job.sources.overridden),
+        },
+        "run_directory": str(job.run_directory),
+        "model_directory": str(job.model_directory),
+        "tokenizer_directory": str(job.tokenizer_directory),
+        "train": str(job.train),
+        "evaluation": None if job.evaluation is None else str(job.evaluation),
+    }
+    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def read_job(path: Path) -> Job:
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    sources = values["sources"]
+    return Job(
+        recipe=Recipe.model_validate_json(json.dumps(values["recipe"])),
+        sources=SourceMap(sources["file"], sources["lines"], frozenset(sources["overridden"])),
+        run_directory=Path(values["run_directory"]),
+        model_directory=Path(values["model_directory"]),
+        tokenizer_directory=Path(values["tokenizer_directory"]),
+        train=Path(values["train"]),
+        evaluation=None if values["evaluation"] is None else Path(values["evaluation"]),
+    )

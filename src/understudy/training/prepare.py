@@ -1,0 +1,100 @@
+"""Everything slow or refusable, done in one process before any process group exists (P7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from understudy.checkpoint.export import stored_spec
+from understudy.checkpoint.safetensors_writer import spec_bytes
+from understudy.contracts import TensorSpec
+from understudy.data.cache import TokenCache
+from understudy.data.prepare import prepare_data
+from understudy.devices.device import find_device
+from understudy.errors import UserError
+from understudy.models.build import make_language_model, open_weights
+from understudy.models.initialization import materialize_random
+from understudy.models.language_model import LanguageModel
+from understudy.models.source import model_directory, tokenizer_directory
+from understudy.recipe.environment import cache_directory
+from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
+from understudy.strategies.precision import precision_of
+from understudy.training.job import Job
+from understudy.training.worker import training_data
+
+__all__ = ["Prepared", "prepare_job"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job, and what its first lines on the console say."""
+
+    job: Job
+    model_type: str
+    parameters: int
+    model_bytes: int
+    """Of the final model's weights on disk."""
+    examples: int
+    """Of an epoch."""
+    evaluation_examples: int
+    steps: int
+
+
+def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None]) -> Prepared:
+    """Finds or builds the model and its data, and refuses what cannot be trained. `recipe` is resolved.
+
+    Repeated calls find everything in the cache; concurrent ones wait for the one that builds. `report` is given a line
+    about anything that takes time. Raises `UserError` at the recipe's line. No process group may exist yet.
+    """
+    with _located(sources, "model.tokenizer" if recipe.model.tokenizer else "model.path"):
+        tokenizer = tokenizer_directory(recipe.model)
+    with _located(sources, "model.path" if recipe.model.path else "model"):
+        directory = _model_directory(recipe)
+        model = make_language_model(directory, recipe.model, find_device())
+        open_weights(directory, model)
+    config = model.config.get_text_config()
+    data = prepare_data(
+        recipe,
+        sources,
+        tokenizer_dir=tokenizer,
+        vocab_size=config.vocab_size,
+        cache_dir=cache_directory(),
+        report=report,
+    )
+    steps = training_data(recipe, TokenCache.open(data.train), config.hidden_size, rank=0, world_size=1)
+    return Prepared(
+        job=Job(recipe, sources, Path(recipe.output_dir), directory, tokenizer, data.train, data.evaluation),
+        model_type=model.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        model_bytes=_model_bytes(model, precision_of(recipe.training.precision).compute),
+        examples=steps.examples_per_epoch,
+        evaluation_examples=0 if data.evaluation is None else len(TokenCache.open(data.evaluation).lengths),
+        steps=steps.total_steps,
+    )
+
+
+def _model_directory(recipe: Recipe) -> Path:
+    if recipe.model.init == "random":
+        return materialize_random(recipe.model, recipe.training.seed, cache_directory())
+    return model_directory(recipe.model)
+
+
+def _model_bytes(model: LanguageModel, dtype: torch.dtype) -> int:
+    specs = (TensorSpec(tuple(parameter.shape), parameter.dtype) for parameter in model.parameters())
+    return sum(spec_bytes(stored_spec(spec, dtype)) for spec in specs)
+
+
+@contextmanager
+def _located(sources: SourceMap, key: str) -> Iterator[None]:
+    """Gives an error about what `key` names the place where it stands, unless it has one of its own."""
+    try:
+        yield
+    except UserError as error:
+        if error.file is not None:
+            raise
+        raise sources.error(key, error.message) from error

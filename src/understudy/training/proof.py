@@ -1,0 +1,83 @@
+"""The proof that a saved model is the trained one: it loads with plain transformers and computes the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from understudy.contracts import IGNORED, Batch, Strategy
+from understudy.errors import UnderstudyError
+
+__all__ = ["TOLERANCES", "Proof", "UnprovenModelError", "prove_model", "trained_logits"]
+
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Largest difference between two logits, as a share of the largest logit: what the kernels of the two computations,
+packed and not, may differ by through a deep network in that dtype."""
+
+
+class UnprovenModelError(UnderstudyError):
+    """The saved model is not the trained one."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    difference: float
+    """Largest difference of two logits, as a share of the largest."""
+    tolerance: float
+    tokens: int
+    """Positions compared."""
+
+
+def trained_logits(strategy: Strategy, documents: Sequence[Tensor]) -> Tensor:
+    """[T, V] fp32 on the CPU: the trained model's logits at every token of `documents` ([·] int64 each), packed. A
+    collective."""
+    batch = Batch.of([(tokens, torch.full_like(tokens, IGNORED)) for tokens in documents])
+    return strategy.logits(batch, at=torch.arange(len(batch.tokens))).cpu()
+
+
+def prove_model(
+    directory: Path,
+    *,
+    documents: Sequence[Tensor],
+    expected: Tensor,
+    dtype: torch.dtype,
+    tokenizer: Any,
+    trust_remote_code: bool,
+) -> Proof:
+    """Loads `directory` as anybody would, on the CPU, and compares its logits for each document alone with `expected`.
+
+    Raises `UnprovenModelError` when weights are missing, left over or of another shape, when the chat template or the
+    tokens of a text changed, or when logits differ by more than the dtype's tolerance. No collective.
+    """
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+    )
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if loading.get(what):
+            raise UnprovenModelError(f"the model saved in {directory} has {what}: {list(loading[what])[:3]}")
+    _compare_tokenizers(directory, tokenizer, documents, trust_remote_code)
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(input_ids=tokens.unsqueeze(0)).logits[0].float() for tokens in documents])
+    scale = float(expected.abs().max())
+    proof = Proof(float((logits - expected).abs().max()) / scale, TOLERANCES[dtype], len(expected))
+    if not proof.difference <= proof.tolerance:  # NaN is no proof either
+        raise UnprovenModelError(
+            f"the model saved in {directory} loads, but its logits differ from the trained model's by "
+            f"{proof.difference:.1e} of the largest, more than {proof.tolerance:.0e}; it is kept there for inspection."
+        )
+    return proof
+
+
+def _compare_tokenizers(directory: Path, tokenizer: Any, documents: Sequence[Tensor], trust_remote_code: bool) -> None:
+    reloaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    if reloaded.chat_template != tokenizer.chat_template:
+        raise UnprovenModelError(f"the tokenizer saved in {directory} has another chat template than training used")
+    for text in map(tokenizer.decode, documents):
+        if reloaded(text).input_ids != tokenizer(text).input_ids:
+            raise UnprovenModelError(f"the tokenizer saved in {directory} splits a training text in another way")

@@ -1,0 +1,127 @@
+"""Starts a run: on this host with processes of our own, or as one process of somebody else's launcher."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from understudy.devices.detect import detect_machine
+from understudy.launch.local import launch_local
+from understudy.launch.run_directory import Claim, RunDirectory, claim_run_directory, require_space
+from understudy.plan.machine import Machine
+from understudy.plan.resolve import resolve
+from understudy.recipe.dump import dump_recipe
+from understudy.recipe.environment import ProcessEnvironment
+from understudy.recipe.rules import check_processes
+from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
+from understudy.recipe.source_map import SourceMap
+
+if TYPE_CHECKING:
+    from understudy.training.job import Job
+    from understudy.training.prepare import Prepared
+
+__all__ = ["start_as_worker", "start_locally"]
+
+STDOUT, STDERR = 1, 2
+
+
+def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: Callable[[str], None]) -> None:
+    """Prepares the run here, then runs its processes on this host until they are done. Raises the first failure."""
+    machine = detect_machine()
+    asked = recipe.cluster.processes
+    processes = max(1, machine.devices) if asked == "auto" else asked
+    resolved = _resolved(recipe, sources, machine, processes)
+    with claim_run_directory(Path(resolved.output_dir), sources, overwrite=overwrite) as claim:
+        _prepare(resolved, sources, claim, say)
+        arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
+        launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
+
+
+def start_as_worker(
+    recipe: Recipe, sources: SourceMap, environment: ProcessEnvironment, *, overwrite: bool, say: Callable[[str], None]
+) -> None:
+    """Runs this process as one of a launcher's. Each prepares for itself, one building and the others waiting for what
+    it builds; rank 0 owns the run directory. On a failure of the run the process ends with that failure's status."""
+    from understudy.training.console import open_console, silent_console
+    from understudy.training.prepare import prepare_job
+    from understudy.training.worker import run_worker
+
+    resolved = _resolved(recipe, sources, detect_machine(), environment.world_size)
+    with ExitStack() as stack:
+        if environment.rank == 0:
+            path = Path(resolved.output_dir)
+            claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite))
+            job = _prepare(resolved, sources, claim, say)
+            console = open_console(STDOUT)
+        else:
+            job = prepare_job(resolved, sources, lambda _: None).job
+            console = silent_console()
+        log = RunDirectory(job.run_directory).log(environment.rank)
+        # The directory for logs is there once rank 0 has entered the process group.
+        run_worker(job, environment, console, entered=lambda: _send_output_to(log), say_error=_error_speaker())
+
+
+def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> Recipe:
+    check_processes(recipe, processes, sources)
+    return resolve(recipe, machine, processes)[0]
+
+
+def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Job:
+    """Prepares the job, says what is going to happen, and begins the run: nothing was written before."""
+    from understudy.training.job import write_job
+    from understudy.training.prepare import prepare_job
+
+    prepared = prepare_job(recipe, sources, say)
+    require_space(claim.directory.path, prepared.model_bytes, "the final model", sources)
+    directory = claim.begin(dump_recipe(recipe))
+    write_job(directory.job, prepared.job)
+    say(opening_lines(prepared))
+    return prepared.job
+
+
+def opening_lines(prepared: Prepared) -> str:
+    """What is about to run."""
+    recipe = prepared.job.recipe
+    assert not isinstance(recipe.strategy, str), "the recipe must be resolved first"
+    processes = recipe.cluster.processes
+    evaluation = f", {prepared.evaluation_examples:,} for evaluation" if prepared.evaluation_examples else ""
+    return "\n".join(
+        [
+            f"{recipe.name}: {prepared.job.sources.file} → {recipe.output_dir}",
+            f"strategy {_strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
+            + ("process" if processes == 1 else "processes"),
+            f"model {prepared.model_type}, {prepared.parameters:,} parameters",
+            f"data {prepared.examples:,} examples an epoch{evaluation}; {prepared.steps:,} steps of "
+            f"{recipe.training.global_batch_size} examples",
+        ]
+    )
+
+
+def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
+    """Its kind and what in it is not the default."""
+    chosen = strategy.model_dump(exclude={"kind"}, exclude_defaults=True)
+    return " ".join([strategy.kind, *(f"{name}={value}" for name, value in chosen.items())])
+
+
+def _error_speaker() -> Callable[[str], None]:
+    """Prints to what is standard error now, whatever is redirected later."""
+    stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
+
+    def say(message: str) -> None:
+        stream.write(f"error: {message}\n")
+        stream.flush()
+
+    return say
+
+
+def _send_output_to(log: Path) -> None:
+    """From now on whatever this process and its libraries print goes to `log`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), STDOUT)
+        os.dup2(file.fileno(), STDERR)
