@@ -41,7 +41,7 @@ def test_sharded_parameters_take_the_same_steps_to_the_last_bit(
     assert set(differences[case].values()) == {0.0}
 
 
-# Adafactor sums over shards in another order; the fused kernel rounds the last elements of a tensor apart from the rest.
+# Adafactor sums over shards in another order; the fused kernel rounds the last elements of a tensor in another way.
 @pytest.mark.parametrize("case", ["adafactor", "adamw, fused"])
 def test_sharded_parameters_take_the_same_steps_to_fp32_rounding(
     differences: dict[str, dict[str, float]], case: str
