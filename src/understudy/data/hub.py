@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,32 +57,24 @@ class HubRows:
             raise UserError(f"the data set {self.dataset.name} cannot be loaded from the Hub: {words}") from error
 
 
-def find_on_hub(name: str, cache_dir: Path) -> HubDataset:
-    """The data set `name` at its newest commit; where the Hub cannot be reached, at the one last seen.
+def find_on_hub(name: str) -> HubDataset:
+    """The data set `name` at its newest commit; where the Hub cannot be reached, at the one last fetched.
 
-    Raises `UserError` when there is no such data set, or it was never seen and the Hub cannot be reached.
+    Raises `UserError` when there is no such data set, or it was never fetched and the Hub cannot be reached.
     """
-    import httpx
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
-    seen = cache_dir / "datasets" / "commits" / f"{re.sub(r'[^A-Za-z0-9._-]', '--', name)}.json"
+    nothing_here = f"there is no file or directory {name}, and "
     try:
-        commit = HfApi().dataset_info(name).sha
-    except RepositoryNotFoundError as error:
+        # The card alone: its directory is named by the commit, and is found again without a network.
+        card = snapshot_download(name, repo_type="dataset", allow_patterns=["README.md"])
+    except GatedRepoError as error:
         raise UserError(
-            f"there is no file or directory {name}, and no data set of that name on the Hub that you may read."
+            f"the data set {name} needs its licence accepted on the Hub; then run `hf auth login`."
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
-        if not seen.is_file():
-            raise UserError(
-                f"there is no file or directory {name}, and the Hub cannot be reached to look for a data set of that name."
-            ) from error
-        return HubDataset(name, json.loads(seen.read_text())["commit"])
-    if commit is None:
-        raise UserError(f"the data set {name} on the Hub has no commit.")
-    seen.parent.mkdir(parents=True, exist_ok=True)
-    temporary = seen.with_suffix(".new")
-    temporary.write_text(json.dumps({"commit": commit}))
-    temporary.replace(seen)
-    return HubDataset(name, commit)
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"{nothing_here}no data set of that name on the Hub; check the path.") from error
+    except OSError as error:  # LocalEntryNotFoundError and every HTTP error of huggingface_hub are OSErrors
+        raise UserError(f"{nothing_here}the Hub cannot be reached to look for such a data set.") from error
+    return HubDataset(name, commit=Path(card).name)

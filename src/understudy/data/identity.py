@@ -45,8 +45,7 @@ class FileDigests:
         note = self._memory / f"{hashlib.sha256(str(path).encode()).hexdigest()[:32]}.json"
         if (known := _remembered(note, stamp)) is not None:
             return known
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = _sha256(path)
         self._remember(note, {"stamp": stamp, "sha256": digest})
         return digest
 
@@ -56,6 +55,14 @@ class FileDigests:
         with os.fdopen(descriptor, "w") as file:
             json.dump(content, file)
         Path(temporary).replace(note)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _remembered(note: Path, stamp: Sequence[Any]) -> str | None:

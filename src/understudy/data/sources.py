@@ -84,11 +84,13 @@ def find_source(source: DataSource, *, cache_dir: Path) -> Rows:
     elif path.exists():
         return SourceFiles(((path, _kind(path)),), source.max_samples)
     elif glob.has_magic(source.path):
-        found = sorted(match for name in glob.glob(str(path), recursive=True) if (match := Path(name)).is_file())
+        # Path.glob takes no absolute patterns.
+        matches = map(Path, glob.glob(str(path), recursive=True))  # noqa: PTH207
+        found = sorted(match for match in matches if match.is_file())
         if not found:
             raise UserError(f"no file matches {source.path}; correct the pattern.")
     elif _HUB_ID.fullmatch(source.path) and kind_of(path) is None:
-        return HubRows(find_on_hub(source.path, cache_dir), source.split, source.max_samples, cache_dir)
+        return HubRows(find_on_hub(source.path), source.split, source.max_samples, cache_dir)
     else:
         raise UserError(f"there is no file or directory {source.path}; correct the path.")
     files = tuple((file, _kind(file)) for file in _of_split(found, path, source))

@@ -43,6 +43,9 @@ class TokeniserSettings:
     bos_id: int | None
     """Put before plain text; None when the tokenizer adds none or a template renders it."""
     eos_id: int | None
+    """Put after plain text."""
+    vocabulary: int
+    """Tokens of the tokenizer, added ones aside."""
     max_length: int
     overflow: Literal["truncate", "drop", "split"]
     train_on_prompt: bool
@@ -132,6 +135,10 @@ class Tokeniser:
 
     def _render(self, example: Conversation | Document, row: Row) -> tuple[str, list[tuple[int, int]]]:
         if isinstance(example, Document):
+            if self._settings.eos_id is None:
+                raise row.error(
+                    "plain text must end in the end-of-sequence token, but the tokenizer has none; set one."
+                )
             return example.text, [(example.prompt_length, len(example.text))]
         renderer = self._with_tools if example.tools else self._plain
         if renderer is None:
