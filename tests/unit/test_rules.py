@@ -126,6 +126,19 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         ],
     ),
     (
+        "bf16_moments_follow_their_gradients",
+        [
+            (
+                "optimizer.betas",
+                {"optimizer": {"kind": "adamw_bf16", "betas": [0.9, 0.999]}, "training.precision": "pure_bf16"},
+            )
+        ],
+        [
+            {"optimizer": {"kind": "adamw_bf16", "betas": [0.9, 0.99]}, "training.precision": "pure_bf16"},
+            {"optimizer": {"kind": "adamw", "betas": [0.9, 0.999]}},
+        ],
+    ),
+    (
         "hybrid_shard_and_replicate_go_together",
         [
             ("strategy.sharding", {"strategy": HYBRID}),

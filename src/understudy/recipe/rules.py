@@ -190,6 +190,18 @@ def adamw_bf16_keeps_bf16_weights(recipe: Recipe) -> Violations:
         )
 
 
+@rule
+def bf16_moments_follow_their_gradients(recipe: Recipe) -> Violations:
+    # Near a beta of 1 - 2^-9, half a unit of bf16, an average that should fall rounds back to where it was.
+    second = recipe.optimizer.betas[1]
+    if recipe.optimizer.kind == "adamw_bf16" and second > 0.99:
+        yield (
+            "optimizer.betas",
+            f"a bf16 second moment cannot follow gradients that shrink with a second beta of {second}; "
+            "take at most 0.99, or adamw.",
+        )
+
+
 # Strategies
 
 
