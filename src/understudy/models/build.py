@@ -37,8 +37,13 @@ def make_language_model(directory: Path, model: schema.Model, device: Device) ->
             network: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=model.trust_remote_code
             )
+    except KeyError as error:
+        # Some architectures look our attention up among classes of their own.
+        raise _not_document_aware(config.model_type) from error
     except ValueError as error:
         raise UserError(f"{config.model_type} cannot be built as a causal language model: {error}") from error
+    if not network.is_backend_compatible():
+        raise _not_document_aware(config.model_type)
     network.tie_weights()
     _make_buffers_real(network)
     _load_persistent_buffers(network, directory)
@@ -56,6 +61,13 @@ def open_weights(directory: Path, model: LanguageModel) -> WeightReader:
     reader = WeightReader(directory, renamed=renamed, aliases=aliases)
     reader.check({name: tuple(parameter.shape) for name, parameter in network.named_parameters()})
     return reader
+
+
+def _not_document_aware(model_type: str) -> UserError:
+    return UserError(
+        f"{model_type} cannot be made document-aware: its layers do not go through transformers' attention interface; "
+        "choose another architecture."
+    )
 
 
 def _make_buffers_real(network: PreTrainedModel) -> None:

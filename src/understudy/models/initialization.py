@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
@@ -59,7 +60,16 @@ def _build(config: PreTrainedConfig, seed: int, directory: Path) -> None:
             raise UserError(
                 f"model.config describes no {config.model_type} that can be built: {reason}; check its sizes."
             ) from error
-    network.save_pretrained(directory, save_original_format=False)
+    tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    shared = {name for name, _ in network.named_parameters(remove_duplicate=False)} - dict(
+        network.named_parameters()
+    ).keys()
+    save_file(
+        {name: tensors[name] for name in tensors.keys() - shared}, directory / "model.safetensors", {"format": "pt"}
+    )
+    network.config.save_pretrained(directory)
+    if network.can_generate():
+        network.generation_config.save_pretrained(directory)
     for file in directory.iterdir():
         with file.open("rb") as written:
             os.fsync(written.fileno())

@@ -25,9 +25,9 @@ def check_isolation(
 ) -> None:
     """Raises `UserError` unless a document's logits depend on its own earlier tokens alone.
 
-    `logits` is a strategy's: a collective, so every rank calls this. `compute_dtype` is what the model computes in. Three
-    things are tried on two short documents: another first one leaves the second as it was, another last token leaves
-    all before it as it was, and the second alone, from position 0, is what it was behind the first.
+    `logits` is a strategy's: a collective, so every rank calls this; `compute_dtype` is what the model computes in.
+    Three things are tried on two short documents: another first one leaves the second as it was, another last token
+    leaves all before it as it was, and the second alone, from position 0, is what it was behind the first.
     """
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(vocab_size, (length,), generator=generator) for length in _LENGTHS)

@@ -44,20 +44,32 @@ def find_logit_transform(network: PreTrainedModel) -> LogitTransform:
     )
 
 
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
+    """Final hidden states, and None for whatever else an architecture's backbone gives beside them."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class _Given(nn.Module):
-    """Stands in for a backbone: whatever the input, these final hidden states."""
+    """Stands in for a backbone, and for any part of it that is called in its place: whatever the input, these hidden
+    states."""
 
     def __init__(self, hidden: Tensor, backbone: nn.Module) -> None:
         super().__init__()
         self.hidden = hidden
-        self.attributes = vars(backbone)
+        # A tuple, so that the backbone does not become a submodule.
+        self._replaced = (backbone,)
 
     def __getattr__(self, name: str) -> Any:
-        attributes = self.__dict__.get("attributes", {})
-        return attributes[name] if name in attributes else super().__getattr__(name)
+        if "_replaced" not in self.__dict__:
+            return super().__getattr__(name)
+        found = getattr(self._replaced[0], name)
+        return self if isinstance(found, nn.Module) else found
 
-    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden.unsqueeze(0))
+    def forward(self, *_: Any, **__: Any) -> _Output:
+        return _Output(last_hidden_state=self.hidden.unsqueeze(0))
 
 
 def _own_logits(network: PreTrainedModel, head: nn.Linear, hidden: Tensor) -> Tensor | None:
