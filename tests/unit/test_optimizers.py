@@ -175,8 +175,9 @@ def test_kahan_summation_keeps_small_bf16_updates_that_plain_bf16_loses() -> Non
     assert (kahan - reference).abs().max() < 2**-8
 
 
-def test_kahan_summation_keeps_weight_decay_that_rounds_away_in_bf16() -> None:
-    kahan, reference = bf16_run("adamw_bf16", 2000, grad=0.0)
+@pytest.mark.parametrize("kind", ["adamw_bf16", "lion", "sgd"])
+def test_kahan_summation_keeps_weight_decay_that_rounds_away_in_bf16(kind: str) -> None:
+    kahan, reference = bf16_run(kind, 2000, grad=0.0)
     assert reference.max() < 0.981
     assert (kahan - reference).abs().max() < 2**-8
 
