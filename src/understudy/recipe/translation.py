@@ -40,7 +40,6 @@ _EXPECTED = {
     "too_short": "a list of at least {min_length}",
     "tuple_type": "a list",
     "union_tag_invalid": "{expected_tags}",
-    "union_tag_not_found": "a mapping with `kind`",
 }
 
 _NO_VALUE = object()
@@ -92,30 +91,40 @@ def _sentence(key: tuple[str, ...], details: list[ErrorDetails], values: Mapping
         return _unknown_key(key, values)
     if "missing" in kinds:
         return f"{dotted} is missing and has no default; add it."
+    if "union_tag_not_found" in kinds:
+        tags = [section.model_fields["kind"].default for section in _sections_at(key, values)]
+        return f"`{'.'.join(key)}.kind` is missing; it must be {_either(tags)}."
     value = _lookup(key, values)
     if key == ("strategy",) and not isinstance(value, Mapping):
         choices = ["auto", *STRATEGY_PRESETS]
-        return _wrong_value(dotted, value, f"{', '.join(choices)} or a mapping with `kind`", choices)
+        return _wrong_value(dotted, value, _either([*choices, "a mapping with `kind`"]), choices)
     if isinstance(value, Mapping):
         # Of several union members only one takes mappings; that it is not `auto` as well is no news.
         details = [d for d in details if d["type"] not in ("literal_error", "none_required")] or details
     if "union_tag_invalid" in kinds:
         dotted, value = _quoted(f"{'.'.join(key)}.kind"), value.get("kind") if isinstance(value, Mapping) else value
-    phrases = list(dict.fromkeys(_phrase(detail) for detail in details))
-    choices = [choice for phrase in phrases for choice in re.findall(r"'([^']*)'", phrase)]
-    return _wrong_value(dotted, value, " or ".join(phrases), choices)
+    phrases = list(dict.fromkeys(phrase for detail in details for phrase in _phrases(detail)))
+    return _wrong_value(dotted, value, _either(phrases), phrases)
 
 
-def _phrase(details: ErrorDetails) -> str:
+def _phrases(details: ErrorDetails) -> list[str]:
+    """What was expected; each of several choices is a phrase of its own."""
     template = _EXPECTED.get(details["type"])
+    if template is None:
+        return [details["msg"][:1].lower() + details["msg"][1:]]
     context = {name: f"{v:g}" if isinstance(v, float) else v for name, v in details.get("ctx", {}).items()}
-    return template.format(**context) if template else details["msg"][:1].lower() + details["msg"][1:]
+    phrase = template.format(**context)
+    return re.findall(r"'([^']*)'", phrase) or [phrase]
+
+
+def _either(phrases: Sequence[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} or {phrases[-1]}"
 
 
 def _wrong_value(dotted: str, value: Any, expected: str, choices: Iterable[str]) -> str:
     near = nearest(value, choices) if isinstance(value, str) else None
     hint = f"; did you mean {near}?" if near else "."
-    return f"{dotted} must be {expected.replace(chr(39), '')}, not {_shown(value)}{hint}"
+    return f"{dotted} must be {expected}, not {_shown(value)}{hint}"
 
 
 def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> str:
@@ -131,15 +140,22 @@ def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> str:
 
 
 def _known_names(parents: Sequence[str], values: Any) -> list[str]:
-    section: type[BaseModel] = Recipe
+    return list(_sections_at(parents, values)[0].model_fields)
+
+
+def _sections_at(parents: Sequence[str], values: Any) -> list[type[BaseModel]]:
+    """The schema's classes for the mapping at `parents`; only one where its `kind` decides."""
+    sections: list[type[BaseModel]] = [Recipe]
     for part in parents:
-        values = values[int(part)] if isinstance(values, Sequence) else values.get(part)
-        if part in section.model_fields:
-            candidates = list(_sections(section.model_fields[part].rebuild_annotation()))
+        values = _lookup([part], values)
+        fields = sections[0].model_fields
+        if part in fields:
+            sections = list(_sections(fields[part].rebuild_annotation()))
             kind = values.get("kind") if isinstance(values, Mapping) else None
-            matching = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == kind]
-            section = (matching or candidates)[0]
-    return list(section.model_fields)
+            sections = [
+                s for s in sections if "kind" in s.model_fields and s.model_fields["kind"].default == kind
+            ] or sections
+    return sections
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
