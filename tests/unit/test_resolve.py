@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
+from understudy.recipe.rules import check
 from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
 
 pytestmark = pytest.mark.unit
 
@@ -66,3 +70,24 @@ def test_resolving_changes_nothing_but_what_was_auto() -> None:
     assert (resolved.training.max_steps, resolved.training.precision) == (5, "fp16")
     assert "epochs" not in resolved.training.model_fields_set
     assert not any(choice.startswith(("strategy", "training.precision")) for choice in choices)
+
+
+@pytest.mark.parametrize(
+    ("config", "on_cpu", "on_gpus"),
+    [
+        ({"bf16": {"enabled": True}}, "bf16", "bf16"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": "auto"}}, "fp16", "fp16"),
+        ({"bf16": {"enabled": False}}, "fp32", "fp32"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}}, "fp32", "bf16"),
+    ],
+)
+def test_automatic_precision_follows_the_deepspeed_file(
+    tmp_path: Path, config: dict[str, Any], on_cpu: str, on_gpus: str
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    recipe = recipe_with(strategy={"kind": "deepspeed", "config": str(path)})
+    for machine, expected in ((CPU, on_cpu), (GPUS, on_gpus)):
+        resolved, _ = resolve(recipe, machine, 1)
+        assert resolved.training.precision == expected
+        check(resolved, SourceMap())

@@ -287,6 +287,11 @@ def test_a_deepspeed_value_that_contradicts_the_recipe_is_refused(
     assert message in found[key]
 
 
+def test_a_deepspeed_file_enables_one_precision(tmp_path: Path) -> None:
+    found = violations(with_file(tmp_path, {"bf16": {"enabled": True}, "fp16": {"enabled": True}}))
+    assert list(found) == ["fp16.enabled"]
+
+
 def test_deepspeed_values_that_equal_the_recipe_are_accepted(tmp_path: Path) -> None:
     config = {
         "train_batch_size": 32,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from understudy.plan.machine import Machine
-from understudy.recipe.schema import DDP, FSDP, Recipe
+from understudy.recipe.deepspeed_file import file_precision
+from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
 
 __all__ = ["resolve"]
 
@@ -16,7 +17,8 @@ _TOKENS_ON_CPU = 2048
 def resolve(recipe: Recipe, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with no `auto` left, and a line for each choice that was made.
 
-    `attention` stays for the device to choose, because only it knows which kernels are installed.
+    Precision follows what a DeepSpeed file enables, so that the file and the recipe cannot part here; raises `UserError`
+    when that file cannot be read. `attention` stays for the device to choose, because only it knows which kernels are installed.
     """
     training: dict[str, Any] = {}
     top: dict[str, Any] = {}
@@ -24,12 +26,14 @@ def resolve(recipe: Recipe, machine: Machine, processes: int) -> tuple[Recipe, t
     where = "on accelerators" if machine.accelerated else "on a processor"
 
     if recipe.training.precision == "auto":
-        training["precision"] = "bf16" if machine.accelerated else "fp32"
-        choices.append(f"training.precision: {training['precision']}, {where}")
+        usual = "bf16" if machine.accelerated else "fp32"
+        asked = file_precision(recipe.strategy, usual) if isinstance(recipe.strategy, DeepSpeed) else usual
+        training["precision"] = asked
+        choices.append(f"training.precision: {asked}, {where if asked == usual else 'as the DeepSpeed file says'}")
     if recipe.training.micro_batch_tokens == "auto":
-        usual = _TOKENS_ON_ACCELERATOR if machine.accelerated else _TOKENS_ON_CPU
-        training["micro_batch_tokens"] = tokens = max(recipe.data.max_length, usual)
-        choices.append(f"training.micro_batch_tokens: {tokens}, room for one example and for the usual {usual} {where}")
+        room = _TOKENS_ON_ACCELERATOR if machine.accelerated else _TOKENS_ON_CPU
+        training["micro_batch_tokens"] = tokens = max(recipe.data.max_length, room)
+        choices.append(f"training.micro_batch_tokens: {tokens}, room for one example and for the usual {room} {where}")
     if recipe.training.activation_checkpointing == "auto":
         training["activation_checkpointing"] = "none"
         choices.append("training.activation_checkpointing: none, the fastest")

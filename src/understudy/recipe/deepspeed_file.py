@@ -13,7 +13,14 @@ from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.text_file import read_text
 
-__all__ = ["EffectiveDeepSpeed", "contradictions", "deepspeed_source", "effective_deepspeed", "read_deepspeed_file"]
+__all__ = [
+    "EffectiveDeepSpeed",
+    "contradictions",
+    "deepspeed_source",
+    "effective_deepspeed",
+    "file_precision",
+    "read_deepspeed_file",
+]
 
 _OPTIMIZERS = {
     "adam": ("adamw",),
@@ -121,6 +128,19 @@ def _of_file(config: Mapping[str, Any]) -> tuple[int | None, str | None, str | N
     return (None if stage in (None, "auto") else int(stage)), known[0], known[1]
 
 
+def file_precision(strategy: DeepSpeed, usual: str) -> str:
+    """The precision that a recipe's `auto` comes to: what the strategy's file enables, else the machine's `usual` one.
+
+    Raises `UserError` when the file cannot be read.
+    """
+    config = read_deepspeed_file(strategy.config) if strategy.config else {}
+    enabled = {name: (config.get(name) or {}).get("enabled") for name in ("bf16", "fp16")}
+    for name, value in enabled.items():
+        if value is True:
+            return name
+    return "fp32" if enabled.get(usual) is False else usual
+
+
 def contradictions(config: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Key of the DeepSpeed file, and a sentence, for each value that is set and disagrees with the recipe."""
     yield from _batch_contradictions(config, recipe)
@@ -177,6 +197,11 @@ def _precision_contradictions(config: Mapping[str, Any], recipe: Recipe) -> Iter
             yield key, f"`{key}` must be fp32: gradients are summed in fp32 under every strategy; leave it out."
     precision = recipe.training.precision
     if precision == "auto":
+        if all((config.get(key) or {}).get("enabled") is True for key in ("bf16", "fp16")):
+            yield (
+                "fp16.enabled",
+                "`bf16` and `fp16` are both enabled, which contradict each other; disable one of them.",
+            )
         return
     for key in ("bf16", "fp16"):
         enabled = (config.get(key) or {}).get("enabled")
