@@ -17,8 +17,8 @@ _TOKENS_ON_CPU = 2048
 def resolve(recipe: Recipe, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe with no `auto` left, and a line for each choice that was made.
 
-    Precision follows what a DeepSpeed file enables, so that the file and the recipe cannot part here; raises `UserError`
-    when that file cannot be read. `attention` stays for the device to choose, because only it knows which kernels are installed.
+    Precision follows what a DeepSpeed file enables, so that file and recipe agree; raises `UserError` when the file
+    cannot be read. `attention` stays for the device to choose, because only it knows which kernels are installed.
     """
     training: dict[str, Any] = {}
     top: dict[str, Any] = {}
