@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.errors import UserError
@@ -113,6 +113,7 @@ def test_a_wrong_override_is_refused_where_it_stands(path: Path, override: str, 
     assert str(caught.value).startswith(message)
 
 
+@settings(deadline=None)
 @given(
     key=st.lists(
         st.sampled_from(["data", "train", "0", "1", "strategy", "kind", "model", "x"]), min_size=1, max_size=4
