@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from understudy.errors import UserError
 from understudy.recipe.schema import DataSource, Recipe
 from understudy.recipe.source_map import SourceMap
 
-__all__ = ["PreparedData", "prepare_data"]
+__all__ = ["PreparedData", "prepare_data", "prepare_evaluation_data"]
 
 _ROWS_PER_CHUNK = 512
 _MOST_WORKERS = 32
@@ -98,12 +98,8 @@ def prepare_data(
     split = data.eval_fraction > 0
     share = _Share("train", data.eval_fraction, recipe.training.seed) if split else _Share("all")
     train = preparation.prepare(_Set("Training data", "data.train", data.train, share))
-    evaluation = None
-    if split:
-        held_out = _Set("Evaluation data", "data.train", data.train, replace(share, side="evaluation"))
-        evaluation = preparation.prepare(held_out)
-    elif data.eval is not None:
-        evaluation = preparation.prepare(_Set("Evaluation data", "data.eval", data.eval, _Share("all")))
+    held_out = _evaluation_set(recipe)
+    evaluation = None if held_out is None else preparation.prepare(held_out)
     return PreparedData(
         train=train.path,
         evaluation=None if evaluation is None else evaluation.path,
@@ -111,6 +107,30 @@ def prepare_data(
         train_statistics=train.statistics,
         evaluation_statistics=None if evaluation is None else evaluation.statistics,
     )
+
+
+def prepare_evaluation_data(
+    recipe: Recipe,
+    sources: SourceMap,
+    *,
+    tokenizer_dir: Path,
+    vocab_size: int | None,
+    cache_dir: Path,
+    report: Report,
+) -> TokenCache | None:
+    """The evaluation examples alone, as `prepare_data` has them; None where the recipe has no evaluation data."""
+    held_out = _evaluation_set(recipe)
+    if held_out is None:
+        return None
+    return _Preparation(recipe, sources, tokenizer_dir, vocab_size, cache_dir, report).prepare(held_out)
+
+
+def _evaluation_set(recipe: Recipe) -> _Set | None:
+    data = recipe.data
+    if data.eval_fraction > 0:
+        share = _Share("evaluation", data.eval_fraction, recipe.training.seed)
+        return _Set("Evaluation data", "data.train", data.train, share)
+    return None if data.eval is None else _Set("Evaluation data", "data.eval", data.eval, _Share("all"))
 
 
 @dataclass(frozen=True)
