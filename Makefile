@@ -32,6 +32,7 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/unit/test_cli_front.py -k "need_no_torch or without"
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
