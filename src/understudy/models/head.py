@@ -19,7 +19,7 @@ from understudy.models.logits import Identity, LogitTransform
 
 __all__ = ["CHUNK_BYTES", "LossHead"]
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 256 * 2**20
 """Most memory that one chunk's fp32 logits take; a few tensors of this size exist at once, whatever T and V are."""
 
 
@@ -94,7 +94,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows, matrix = hidden.to(dtype), weight.to(dtype)
             offset = None if bias is None else bias.to(dtype)
             grad_hidden = torch.empty_like(rows) if needs_hidden else None
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+            grad_weight = None
             grad_bias = torch.zeros_like(weight[:, 0], dtype=torch.float32) if needs_bias else None
             loss = hidden.new_zeros((), dtype=torch.float32)
 
@@ -111,8 +111,8 @@ class _ChunkedLoss(torch.autograd.Function):
                     grad = grad.to(dtype)
                     if grad_hidden is not None:
                         torch.mm(grad, matrix, out=grad_hidden[chunk])
-                    if grad_weight is not None:
-                        _add_product(grad_weight, grad, rows[chunk])
+                    if needs_weight:
+                        grad_weight = _plus_product(grad_weight, grad, rows[chunk])
                     del grad
                 # Else these would live on beside the next chunk's.
                 del logits, slope, result
@@ -147,9 +147,10 @@ def _chunks(count: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def _add_product(total: Tensor, grad: Tensor, rows: Tensor) -> None:
-    """total [V, H] fp32 += gradᵀ [V, n] · rows [n, H]; each product is summed in fp32 inside the kernel."""
+def _plus_product(total: Tensor | None, grad: Tensor, rows: Tensor) -> Tensor:
+    """total [V, H] fp32 + gradᵀ [V, n] · rows [n, H], in place; each product is summed in fp32 inside the kernel."""
+    if total is None:
+        return torch.mm(grad.t(), rows).float()
     if grad.dtype == torch.float32:
-        total.addmm_(grad.t(), rows)
-    else:
-        total += grad.t() @ rows
+        return total.addmm_(grad.t(), rows)
+    return total.add_(torch.mm(grad.t(), rows))
