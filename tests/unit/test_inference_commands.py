@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from understudy.cli.main import exit_status
 from understudy.launch.run_directory import MARKER
 from understudy.training.answering import Answered, Sampling, answer_all, answer_stream
 from understudy.training.inference import Conversation, LoadedModel, load_model
+from understudy.training.scoring import rouge_l
 
 pytestmark = pytest.mark.unit
 
@@ -215,7 +217,7 @@ def test_an_answer_ends_where_the_models_positions_do(loaded: LoadedModel) -> No
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt", "x" * 300], "no room for an answer in the 256 positions"),
+        (["--prompt", "x" * 300], "leaves no room for an answer"),
         (["--prompt", "  "], "the prompt is empty"),
         (["--prompt", "x", "--raw", "--system", "y"], "no place for --system"),
         (["--prompt", "x", "--max-new-tokens", "-1"], "--max-new-tokens"),
@@ -300,6 +302,107 @@ def test_a_template_that_refuses_a_role_is_named(
         "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + TEMPLATE
     )
     assert "no system here" in refusal(["chat", str(strict), "--system", "y"], capsys)
+
+
+# evaluate
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe for another model, with six held-out questions; a cache of its own and no traces in the environment."""
+    monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path / "cache"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "")  # so that undoing it removes what the command sets
+        monkeypatch.delenv(name)
+    rows = [{"instruction": f"What is {n}?", "output": f"It is {'n' * n}, I think."} for n in range(1, 7)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {path: some/other-model}\n"
+        "data:\n"
+        f"  train: [{{path: {tmp_path}/absent.jsonl}}]\n"
+        f"  eval: [{{path: {tmp_path}/eval.jsonl, format: alpaca}}]\n"
+        "  max_length: 64\n"
+        "training: {micro_batch_tokens: 100, precision: fp32}\n"
+    )
+    return tmp_path / "recipe.yaml"
+
+
+def evaluation(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    assert exit_status(["evaluate", *arguments, "--json"]) == 0
+    values: dict[str, float] = json.loads(capsys.readouterr().out)
+    return values
+
+
+def test_the_loss_is_that_of_transformers_over_each_example_alone(
+    model: Path, loaded: LoadedModel, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = evaluation([str(model), str(recipe)], capsys)
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
+    loss, count, correct = 0.0, 0, 0
+    for line in (recipe.parent / "eval.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = encode(loaded, f"<|user|>{row['instruction']}<|end|><|assistant|>")
+        tokens = torch.tensor([prompt + encode(loaded, row["output"] + "<|end|>")])
+        with torch.no_grad():
+            predicted = network(tokens).logits[0, len(prompt) - 1 : -1]
+        answer = tokens[0, len(prompt) :]
+        loss += float(torch.nn.functional.cross_entropy(predicted, answer, reduction="sum"))
+        correct += int((predicted.argmax(-1) == answer).sum())
+        count += len(answer)
+    assert (scores["examples"], scores["supervised_tokens"]) == (6, count)
+    assert scores["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+    assert scores["token_accuracy"] == pytest.approx(correct / count, rel=1e-6)
+
+
+def test_answers_are_compared_with_the_references(
+    model: Path, loaded: LoadedModel, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """References are made from the model's own answers: the first two as they are, the third with a word more."""
+    rows = []
+    for n in range(3):
+        prompt = loaded.prompt_of([{"role": "user", "content": f"{n}"}])
+        said = loaded.answer(prompt, Sampling(8), lambda text: None)
+        assert said.finish == "length"
+        rows.append({"instruction": f"{n}", "output": said.text})
+    rows[2]["output"] += " more"
+    (recipe.parent / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = evaluation([str(model), str(recipe), "--samples", "9", "--max-new-tokens", "8"], capsys)
+    assert scores["samples"] == 3
+    assert scores["exact_match"] == pytest.approx(2 / 3)
+    third = rouge_l(rows[2]["output"].removesuffix(" more"), rows[2]["output"])
+    assert scores["rouge_l"] == pytest.approx((2 + third) / 3)
+
+
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words() -> None:
+    assert rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(3 / 4)  # Lin, 2004, section 3
+    assert rouge_l("the gunman kill police", "police kill the gunman") == pytest.approx(2 / 4)
+    assert rouge_l("A, b!", "a b c d") == pytest.approx(2 * 2 / (2 + 4))
+    assert rouge_l("", "") == 1.0
+    assert rouge_l("", "a") == rouge_l("a", "b") == 0.0
+
+
+def test_evaluate_prints_a_table(model: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["evaluate", str(model), str(recipe), "--samples", "1", "--max-new-tokens", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = ["examples", "supervised tokens", "loss", "perplexity", "token accuracy", "answers", "exact match"]
+    assert [line[:18].strip() for line in lines] == [*names, "ROUGE-L F1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.eval=null"], "has no evaluation data"),
+        (["--samples", "-1"], "--samples"),
+        (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["data.evil=1"], "did you mean `eval`"),
+    ],
+)
+def test_evaluate_refuses_in_a_sentence(
+    model: Path, recipe: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in refusal(["evaluate", str(model), str(recipe), *arguments], capsys)
+    assert not (recipe.parent / "cache").exists()
 
 
 class _Parrot:

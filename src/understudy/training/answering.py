@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,11 +23,6 @@ class Sampling:
     """0 takes the likeliest token each time."""
     top_p: float = 1.0
     """Draw from the likeliest tokens whose probabilities sum to this."""
-
-    def within(self, limit: int | None, prompt: Sequence[int]) -> Sampling:
-        """The same, with no more new tokens than a model of `limit` positions has room for."""
-        room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
-        return replace(self, max_new_tokens=room)
 
     def arguments(self) -> dict[str, Any]:
         """For `generate`."""
@@ -94,10 +89,11 @@ def answer_all(
     batch_tokens: int,
 ) -> Iterator[tuple[int, list[int]]]:
     """Greedy continuations of at most `room` tokens: each prompt's index and its new tokens, the one that ended it
-    included, as they are done.
+    included, as they are done. A prompt without room gets none.
 
     Prompts of like length run together, padded on the left, so many that a batch holds at most `batch_tokens` tokens.
     """
+    yield from ((i, []) for i in range(len(prompts)) if room[i] == 0)
     for members in _batches(prompts, room, batch_tokens):
         longest = max(len(prompts[i]) for i in members)
         padding = _padding(tokenizer, ends)
@@ -117,7 +113,8 @@ def answer_all(
 def _batches(prompts: Sequence[Sequence[int]], room: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices of prompts that run together, longest first, so that the largest batch is met at once."""
     batch: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), -room[i], i)):
+    answerable = (i for i in range(len(prompts)) if room[i] > 0)
+    for i in sorted(answerable, key=lambda i: (-len(prompts[i]), -room[i], i)):
         members = [*batch, i]
         width = len(prompts[members[0]]) + max(room[j] for j in members)
         if batch and width * len(members) > batch_tokens:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,15 +68,21 @@ class LoadedModel:
 
     def answer(self, tokens: Sequence[int], sampling: Sampling, on_text: Callable[[str], None]) -> Answered:
         """Continues `tokens`, handing out text as it forms. Raises `UserError` when they leave the model no room."""
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and len(tokens) >= limit:
+        if not (room := self.room(tokens, sampling.max_new_tokens)):
             raise UserError(
-                f"the text has {len(tokens)} tokens, which leaves no room for an answer in the {limit} positions of "
-                f"{self.name}; shorten it."
+                f"the text has {len(tokens)} tokens, which leaves no room for an answer in the positions that "
+                f"{self.name} has; shorten it."
             )
         if not tokens:
             raise UserError("the prompt is empty, and this model's tokenizer adds no token to begin with; give a text.")
-        return answer_stream(self.network, self.tokenizer, tokens, sampling.within(limit, tokens), self.ends, on_text)
+        return answer_stream(
+            self.network, self.tokenizer, tokens, replace(sampling, max_new_tokens=room), self.ends, on_text
+        )
+
+    def room(self, tokens: Sequence[int], wanted: int) -> int:
+        """New tokens, at most `wanted`, for which the model has positions behind `tokens`."""
+        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        return wanted if limit is None else max(0, min(wanted, limit - len(tokens)))
 
 
 class Conversation:

@@ -1,0 +1,196 @@
+"""Scores a finished model on a recipe's evaluation data, in one process."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from rapidfuzz.distance import LCSseq
+from torch import nn
+
+from understudy.contracts import Batch, LossSum, Objective
+from understudy.data.batching import evaluation_batches, prompt_and_answer
+from understudy.data.cache import TokenCache
+from understudy.data.prepare import prepare_evaluation_data
+from understudy.devices.detect import detect_machine
+from understudy.devices.device import find_device
+from understudy.models.architecture import load_config
+from understudy.models.build import make_language_model, open_weights
+from understudy.objectives.registry import make_objective
+from understudy.parallel.world import process_group
+from understudy.plan.resolve import resolve
+from understudy.recipe.environment import ProcessEnvironment, cache_directory
+from understudy.recipe.schema import DDP, Model, Parallel, Recipe
+from understudy.recipe.source_map import SourceMap
+from understudy.strategies.registry import make_strategy
+from understudy.training.answering import answer_all
+from understudy.training.inference import load_model, locate_model, quiet_transformers
+from understudy.training.metrics import evaluation_metrics
+
+__all__ = ["Progress", "Scores", "rouge_l", "score_model"]
+
+_WORD = re.compile(r"\w+")
+
+
+class Progress(Protocol):
+    """Told how far long work is."""
+
+    def begin(self, what: str, total: int) -> None:
+        """From now on `advance` counts to `total` of `what`."""
+        ...
+
+    def advance(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Averages over supervised tokens, and over generated answers where there are any."""
+
+    examples: int
+    supervised_tokens: int
+    loss: float
+    """Nats a supervised token."""
+    perplexity: float
+    token_accuracy: float | None
+    samples: int = 0
+    """Answers generated."""
+    exact_match: float | None = None
+    """Share of the answers that are the reference, word for word."""
+    rouge_l: float | None = None
+    """Mean ROUGE-L F1 of the answers (Lin, 2004)."""
+
+
+def score_model(
+    named: str,
+    recipe: Recipe,
+    sources: SourceMap,
+    *,
+    samples: int | None,
+    max_new_tokens: int,
+    report: Callable[[str], None],
+    progress: Progress,
+) -> Scores:
+    """Loss as training's own evaluation computes it, from the same tokens, batches and objective; and greedy answers to
+    the first `samples` prompts of the set (the recipe's `evaluation.samples` when None).
+
+    The model takes the place of the recipe's, with its own tokenizer. Raises `UserError` when there is no such model or
+    the recipe has no evaluation data. No process group may exist yet.
+    """
+    quiet_transformers()
+    if recipe.data.eval is None and not recipe.data.eval_fraction:
+        raise sources.error(
+            "data",
+            "this recipe has no evaluation data; add `data.eval`, or take part of the training data with "
+            "data.eval_fraction=0.05 on the command line.",
+        )
+    directory = locate_model(named)
+    evaluated = recipe.model_copy(
+        update={
+            "model": Model(path=str(directory), attention=recipe.model.attention),
+            "strategy": DDP(),
+            "parallel": Parallel(),
+        }
+    )
+    resolved, _ = resolve(evaluated, detect_machine(), 1)
+    cache = prepare_evaluation_data(
+        resolved,
+        sources,
+        tokenizer_dir=directory,
+        vocab_size=load_config(directory, resolved.model).get_text_config().vocab_size,
+        cache_dir=cache_directory(),
+        report=report,
+    )
+    assert cache is not None, "the recipe has evaluation data"
+    scores = _loss(resolved, directory, cache, progress)
+    count = min(recipe.evaluation.samples if samples is None else samples, len(cache))
+    return _with_answers(scores, named, resolved, cache, count, max_new_tokens, progress) if count else scores
+
+
+def rouge_l(text: str, reference: str) -> float:
+    """F1 of the longest common subsequence of words, case aside; 1 where both have no word, 0 where one has none."""
+    said, expected = (_WORD.findall(part.casefold()) for part in (text, reference))
+    if not said or not expected:
+        return float(said == expected)
+    return 2 * LCSseq.similarity(said, expected) / (len(said) + len(expected))
+
+
+def _loss(recipe: Recipe, directory: Path, cache: TokenCache, progress: Progress) -> Scores:
+    """Under the strategy of a single process, so that precision, packing and sums are training's own."""
+    assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
+    device = find_device()
+    torch_device = device.torch_device(0)
+    batches = evaluation_batches(
+        cache,
+        micro_batch_tokens=recipe.training.micro_batch_tokens,
+        rank=0,
+        world_size=1,
+        max_batches=recipe.evaluation.max_batches,
+    )
+    with tempfile.TemporaryDirectory(prefix="understudy-") as private:
+        alone = ProcessEnvironment(0, 1, 0, 1, f"file://{private}/rendezvous")
+        with process_group(alone, torch_device, device.backend) as world:
+            model = make_language_model(directory, recipe.model, device)
+            weights = open_weights(directory, model)
+            strategy = make_strategy(recipe, torch_device, world)
+            # A strategy owns an optimizer; this one holds no state until it steps.
+            strategy.build(lambda: model, lambda named: torch.optim.SGD([weight for _, weight in named]))
+            strategy.load_state(weights)
+            progress.begin("evaluating micro-batches", len(batches))
+            total = strategy.evaluate(batches, _Watched(make_objective(recipe.objective), progress))
+    metrics = evaluation_metrics(total)
+    return Scores(
+        examples=sum(len(batch.document_offsets) - 1 for batch in batches),
+        supervised_tokens=int(total.num_tokens),
+        loss=metrics["eval_loss"],
+        perplexity=metrics["eval_perplexity"],
+        token_accuracy=metrics.get("eval_token_accuracy"),
+    )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """An objective that says when it is done with a batch."""
+
+    objective: Objective
+    progress: Progress
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.objective.prepare(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        result = self.objective.loss(model, batch)
+        self.progress.advance()
+        return result
+
+
+def _with_answers(
+    scores: Scores, named: str, recipe: Recipe, cache: TokenCache, count: int, max_new_tokens: int, progress: Progress
+) -> Scores:
+    assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
+    loaded = load_model(named)
+    pairs = [tuple(part.tolist() for part in prompt_and_answer(cache, i)) for i in range(count)]
+    prompts = [prompt for prompt, _ in pairs]
+    reference_ends = {answer[-1] for _, answer in pairs if answer} & set(loaded.tokenizer.all_special_ids)
+    answers = answer_all(
+        loaded.network,
+        loaded.tokenizer,
+        prompts,
+        [loaded.room(prompt, max_new_tokens) for prompt in prompts],
+        ends=loaded.ends | reference_ends,
+        batch_tokens=recipe.training.micro_batch_tokens,
+    )
+    progress.begin("generating answers", count)
+    matches, overlaps = 0, 0.0
+    for i, tokens in answers:
+        text, reference = (
+            loaded.tokenizer.decode(part, skip_special_tokens=True).strip() for part in (tokens, pairs[i][1])
+        )
+        matches += text == reference
+        overlaps += rouge_l(text, reference)
+        progress.advance()
+    return replace(scores, samples=count, exact_match=matches / count, rouge_l=overlaps / count)
