@@ -61,6 +61,13 @@ def test_beginning_writes_the_resolved_recipe(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "recipe.yaml").read_text() == "name: x\n"
 
 
+def test_a_run_that_is_withdrawn_leaves_no_trace(tmp_path: Path) -> None:
+    with claimed(tmp_path / "a") as claim:
+        claim.begin("name: x\n")
+        claim.withdraw()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_finished_run_is_refused_with_the_ways_out(tmp_path: Path) -> None:
     finished_run(tmp_path / "a")
     message = refusal(tmp_path / "a")

@@ -46,9 +46,11 @@ class Exit:
 class FailedRunError(UnderstudyError):
     """A process of the run failed; carries that process's message and exit status."""
 
-    def __init__(self, message: str, exit_status: int) -> None:
+    def __init__(self, message: str, exit_status: int, *, refused: bool = False) -> None:
+        """`refused`: the input was wrong and that came out before training, so the run has nothing to keep."""
         super().__init__(message)
         self.exit_status = exit_status
+        self.refused = refused
 
 
 def write_cause(path: Path, cause: Cause) -> None:
@@ -83,7 +85,7 @@ def first_failure(exits: Sequence[Exit], causes: Mapping[int, Cause], logs: Mapp
 
 def _failed(cause: Cause, log: Path) -> FailedRunError:
     if cause.exit_status == 2:  # wrong input: the sentence says it all
-        return FailedRunError(cause.message, cause.exit_status)
+        return FailedRunError(cause.message, cause.exit_status, refused=cause.step is None)
     when = "before training" if cause.step is None else f"after step {cause.step}"
     return FailedRunError(f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})", cause.exit_status)
 

@@ -92,12 +92,17 @@ class Claim:
 
     def begin(self, resolved_recipe: str) -> RunDirectory:
         """Clears what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`."""
+        self.withdraw()
         self.begun = True
-        for name in OWNED:
-            _remove(self.directory.path / name)
         self.directory.logs.mkdir()
         self.directory.recipe.write_text(resolved_recipe, encoding="utf-8")
         return self.directory
+
+    def withdraw(self) -> None:
+        """Clears what this run, or the one it replaces, wrote, as if it had not begun."""
+        for name in OWNED:
+            _remove(self.directory.path / name)
+        self.begun = False
 
 
 @contextmanager

@@ -3,39 +3,77 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-__all__ = ["generation_config", "write_companions"]
+from understudy.data.batching import prompt_and_answer
+from understudy.data.cache import TokenCache
+from understudy.models.architecture import load_config
+from understudy.recipe import schema
+
+__all__ = ["Companions", "make_companions"]
+
+EXAMINED_ANSWERS = 64
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def generation_config(model_directory: Path, config: PreTrainedConfig) -> GenerationConfig:
-    """The model's generation defaults: its own file's, else what its configuration implies."""
-    if (model_directory / "generation_config.json").is_file():
-        defaults: GenerationConfig = GenerationConfig.from_pretrained(model_directory)
-        return defaults
-    return GenerationConfig.from_model_config(config)
+@dataclass(frozen=True)
+class Companions:
+    config: PreTrainedConfig
+    generation: GenerationConfig
+    tokenizer: Any
+    """The transformers tokenizer that training used, with its chat template."""
+    code: tuple[Path, ...]
+    """Modules of a model that ships its own; it does not load without them."""
 
+    @property
+    def stops(self) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ends = self.generation.eos_token_id
+        return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
-def write_companions(
-    directory: Path,
-    *,
-    model_directory: Path,
-    config: PreTrainedConfig,
-    architecture: str,
-    dtype: torch.dtype,
-    tokenizer: Any,
-) -> None:
-    """Writes all of it into `directory`. `architecture` is the transformers class that loads the weights, `tokenizer`
-    the one that training used, with its chat template."""
-    config.architectures = [architecture]
-    config.dtype = str(dtype).removeprefix("torch.")
-    config.save_pretrained(directory)
-    generation_config(model_directory, config).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    if getattr(config, "auto_map", None):  # a model that ships its own code does not load without it
-        for source in model_directory.glob("*.py"):
+    def write(self, directory: Path, *, architecture: str, dtype: torch.dtype) -> None:
+        """Writes all of it. `architecture` is the transformers class that loads the weights."""
+        self.config.architectures = [architecture]
+        self.config.dtype = str(dtype).removeprefix("torch.")
+        self.config.save_pretrained(directory)
+        self.generation.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        for source in self.code:
             shutil.copy(source, directory / source.name)
+
+
+def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, train: TokenCache) -> Companions:
+    """The companions of the model that is trained from `model_directory` on `train`.
+
+    A model that was trained to end its turns with a token must stop there when it generates: to the model's own end
+    tokens come the tokenizer's and those that training answers end with. A random model has no special tokens of its
+    own, so it gets the tokenizer's.
+    """
+    config = load_config(model_directory, model)
+    if model.init == "random":
+        for name in SPECIAL_TOKENS:
+            if name not in model.config:
+                setattr(config, name, getattr(tokenizer, name))
+    stored = model.init == "pretrained" and (model_directory / "generation_config.json").is_file()
+    generation = (
+        GenerationConfig.from_pretrained(model_directory) if stored else GenerationConfig.from_model_config(config)
+    )
+    own = generation.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *_answer_ends(train, tokenizer)}
+    known = sorted(token for token in ends if token is not None)
+    generation.eos_token_id = known[0] if len(known) == 1 else known or None
+    if generation.pad_token_id is None:
+        generation.pad_token_id = tokenizer.pad_token_id
+    code = tuple(model_directory.glob("*.py")) if getattr(config, "auto_map", None) else ()
+    return Companions(config, generation, tokenizer, code)
+
+
+def _answer_ends(train: TokenCache, tokenizer: Any) -> set[int]:
+    """The special tokens that answers end with, such as a chat template's end of turn."""
+    answers = [prompt_and_answer(train, i)[1] for i in range(min(EXAMINED_ANSWERS, len(train.lengths)))]
+    return {int(answer[-1]) for answer in answers if len(answer)} & set(tokenizer.all_special_ids)

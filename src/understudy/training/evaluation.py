@@ -62,7 +62,7 @@ class Evaluator:
             self.strategy,
             [prompt for prompt, _ in pairs],
             [self._room(prompt, answer) for prompt, answer in pairs],
-            stops=self.stops | self._ends([answer for _, answer in pairs]),
+            stops=self.stops,
             micro_batch_tokens=self.micro_batch_tokens,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -74,10 +74,6 @@ class Evaluator:
 
     def _room(self, prompt: Tensor, answer: Tensor) -> int:
         return min(len(answer) + SLACK_TOKENS, MOST_ANSWER_TOKENS, self.max_length - len(prompt))
-
-    def _ends(self, answers: Sequence[Tensor]) -> set[int]:
-        """The special tokens that references end with, such as a chat template's end of turn."""
-        return {int(answer[-1]) for answer in answers if len(answer)} & set(self.tokenizer.all_special_ids)
 
     def _text(self, tokens: Tensor | list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()

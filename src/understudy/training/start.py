@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
+from understudy.launch.cause import FailedRunError
 from understudy.launch.local import launch_local
 from understudy.launch.run_directory import Claim, RunDirectory, claim_run_directory, require_space
 from understudy.plan.machine import Machine
@@ -38,7 +39,12 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
     with claim_run_directory(Path(resolved.output_dir), sources, overwrite=overwrite) as claim:
         _prepare(resolved, sources, claim, say)
         arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
-        launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
+        try:
+            launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
+        except FailedRunError as error:
+            if error.refused:
+                claim.withdraw()
+            raise
 
 
 def start_as_worker(

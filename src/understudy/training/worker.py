@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from understudy.data.cache import TokenCache
 from understudy.devices.device import Device, find_device
 from understudy.launch.parent import die_with_parent
 from understudy.launch.run_directory import RunDirectory
-from understudy.models.architecture import load_config
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.isolation import check_isolation
 from understudy.models.language_model import LanguageModel
@@ -37,7 +37,7 @@ from understudy.recipe.environment import (
 from understudy.recipe.schema import Recipe
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import make_strategy
-from understudy.training.companions import generation_config, write_companions
+from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
 from understudy.training.evaluation import EvaluationHook, Evaluator, interval_steps
@@ -119,10 +119,11 @@ def _train_and_save(
         job.tokenizer_directory, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
     )
     cache = TokenCache.open(job.train)
+    companions = make_companions(job.model_directory, recipe.model, tokenizer, cache)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
     facts = RunFacts(directory, console, data.total_steps)
     with _sinks(recipe, facts, world) as sinks:
-        evaluation = _evaluation(job, strategy, tokenizer, world, data.total_steps, sinks)
+        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks)
         device.reset_memory_peak()
         train(
             TrainingState(),
@@ -141,7 +142,7 @@ def _train_and_save(
         )
     documents = _proof_documents(cache)
     logits = trained_logits(strategy, documents)
-    _save(job, strategy, model, tokenizer, world, buffers)
+    _save(job, strategy, model, companions, world, buffers)
     return Trained(evaluation.last if evaluation else {}, documents, logits, tokenizer)
 
 
@@ -180,19 +181,18 @@ def training_data(recipe: Recipe, cache: TokenCache, hidden_width: int, rank: in
 
 
 def _evaluation(
-    job: Job, strategy: Strategy, tokenizer: Any, world: World, total_steps: int, sinks: Sequence[Sink]
+    job: Job, strategy: Strategy, companions: Companions, world: World, total_steps: int, sinks: Sequence[Sink]
 ) -> EvaluationHook | None:
     if job.evaluation is None:
         return None
     recipe = job.recipe
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
-    ends = generation_config(job.model_directory, load_config(job.model_directory, recipe.model)).eos_token_id
     evaluator = Evaluator(
         cache=TokenCache.open(job.evaluation),
         strategy=strategy,
         objective=make_objective(recipe.objective),
-        tokenizer=tokenizer,
-        stops=frozenset([tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])]) - {None},
+        tokenizer=companions.tokenizer,
+        stops=companions.stops,
         world=world,
         micro_batch_tokens=recipe.training.micro_batch_tokens,
         max_length=recipe.data.max_length,
@@ -241,22 +241,11 @@ def _save(
     job: Job,
     strategy: Strategy,
     model: LanguageModel,
-    tokenizer: Any,
+    companions: Companions,
     world: World,
     buffers: Mapping[str, Tensor],
 ) -> None:
     dtype = precision_of(job.recipe.training.precision).compute
-
-    def companions(directory: Path) -> None:
-        write_companions(
-            directory,
-            model_directory=job.model_directory,
-            config=load_config(job.model_directory, job.recipe.model),
-            architecture=type(model.network).__name__,
-            dtype=dtype,
-            tokenizer=tokenizer,
-        )
-
     save_model(
         strategy,
         RunDirectory(job.run_directory).unproven_model,
@@ -264,7 +253,7 @@ def _save(
         world_size=world.size,
         dtype=dtype,
         buffers=buffers,
-        write_companions=companions,
+        write_companions=partial(companions.write, architecture=type(model.network).__name__, dtype=dtype),
     )
 
 
