@@ -218,13 +218,16 @@ class Tokeniser:
 def tokens_of(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[int, int]:
     """Tokens [first, last) that overlap characters [start, end); an empty range when none does.
 
-    Asks the encoding for the two ends only. Characters can belong to no token (offsets may leave out white space), and
-    one character to several tokens.
+    Asks the encoding for the two ends only: a list of all offsets takes longer to make than the tokens. A character can
+    belong to several tokens, or to none: offsets may leave out white space, down to tokens of no width.
     """
-    first = next((token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None), None)
-    if first is None:
+    if start >= end:
         return 0, 0
-    last = next(token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None)
+    first, last = encoding.char_to_token(start), encoding.char_to_token(end - 1)
+    if first is None or last is None:
+        offsets = np.array(encoding.offsets).reshape(-1, 2)
+        overlapping = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
+        return (int(overlapping[0]), int(overlapping[-1]) + 1) if len(overlapping) else (0, 0)
     count = len(encoding)
     while last + 1 < count and (span := encoding.token_to_chars(last + 1)) is not None and span[0] < end:
         last += 1
