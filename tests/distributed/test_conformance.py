@@ -98,11 +98,16 @@ def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
     cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5)
     if not keeps_optimizer_on_host(name):
         cases["gradient"] = case(models[True], strategy, SGD, 1)
-    for precision in ("bf16", "fp16"):
+    for precision in low_precisions(name):
         cases[precision] = case(models[True], strategy, ADAMW, 3, precision=precision, max_grad_norm=0.5)
-    if "zero" not in name:
-        cases["pure_bf16"] = case(models[True], strategy, ADAMW, 3, precision="pure_bf16", max_grad_norm=0.5)
     return cases
+
+
+def low_precisions(name: str) -> tuple[str, ...]:
+    """DeepSpeed keeps fp32 master weights always, and its ZeRO optimizers refuse fp16 on a CPU."""
+    if name == "zero0":
+        return ("bf16", "fp16")
+    return ("bf16",) if name.startswith("zero") else ("bf16", "fp16", "pure_bf16")
 
 
 def check(name: str, models: dict[bool, Path], tmp_path: Path, results: list[dict[str, Any]]) -> None:

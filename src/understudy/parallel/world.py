@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,4 +54,7 @@ def process_group(environment: ProcessEnvironment, device: torch.device, backend
         yield world
         dist.barrier()
     finally:
+        # Cycles in FSDP2's and DeepSpeed's objects keep gloo's threads alive past the group; such a thread, met by the
+        # interpreter's exit, aborts the process.
+        gc.collect()
         dist.destroy_process_group()

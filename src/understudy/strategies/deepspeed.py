@@ -51,9 +51,15 @@ def import_deepspeed() -> ModuleType:
     return module
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    deepspeed = import_deepspeed()
+def _joined_deepspeed() -> Any:
+    """DeepSpeed on the process group that exists already."""
+    deepspeed: Any = import_deepspeed()
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
+    return deepspeed
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    deepspeed = _joined_deepspeed()
     # DeepSpeed before 0.17 casts buffers too, which would round rotary frequencies to the compute dtype.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
@@ -113,7 +119,12 @@ class ZeroEngine(ModuleStrategy):
         self.stage, self.offload_optimizer, _ = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
 
     def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
-        import_deepspeed()
+        accelerator = _joined_deepspeed().accelerator.get_accelerator()
+        if self.precision.loss_scaling and not accelerator.is_fp16_supported():
+            raise UserError(
+                f"DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
+                "set training.precision to bf16 or fp32, or choose `strategy: ddp` or `strategy: fsdp`."
+            )
         module = cast(LanguageModel, make_model())
         config = _config(self.recipe, self.precision, self.world, module)
         if self.stage == 3:
