@@ -55,6 +55,8 @@ class Program(click.Group):
 
 @click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="understudy")
+# The deepspeed launcher puts it before our own arguments; LOCAL_RANK says the same.
+@click.option("--local_rank", type=int, hidden=True, expose_value=False)
 def program() -> None:
     """Fine-tune and distil language models: one recipe, any strategy, any number of devices, the same result.
 
