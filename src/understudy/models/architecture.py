@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from understudy.errors import UserError
 from understudy.recipe import schema
@@ -45,10 +46,12 @@ def make_config(values: dict[str, Any], overrides: dict[str, Any]) -> PreTrained
             raise UserError(f"model.config.{name} is no field of {model_type}{_nearest(name, sorted(known))}.")
     try:
         config: PreTrainedConfig = kind.from_dict(values)
-    # transformers validates with several libraries, and what they raise has no common ancestor but this.
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
+    # transformers validates with several libraries, and what they raise has no common ancestor but Exception.
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
         raise UserError(f"model.config describes no valid {model_type}: {reason}") from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{model_type} is no causal language model; choose a decoder-only one.")
     return config
 
 

@@ -40,8 +40,6 @@ def make_language_model(directory: Path, model: schema.Model, device: Device) ->
     except KeyError as error:
         # Some architectures look our attention up among classes of their own.
         raise _not_document_aware(config.model_type) from error
-    except ValueError as error:
-        raise UserError(f"{config.model_type} cannot be built as a causal language model: {error}") from error
     if not network.is_backend_compatible():
         raise _not_document_aware(config.model_type)
     network.tie_weights()

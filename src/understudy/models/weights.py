@@ -138,7 +138,7 @@ def stored_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError):
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             raise UserError("is not an index of safetensors files; get the model again.", file=index) from None
         files = [directory / name for name in names]
         if absent := [file.name for file in files if not file.is_file()]:
