@@ -61,6 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite": SIZES | {"logits_scaling": 3.0, "attention_multiplier": 0.2},
     "starcoder2": SIZES | WITHOUT_DROPOUT | {"sliding_window": 6},
     "gpt_oss": SIZES | {"head_dim": 8, "sliding_window": 6, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "apertus": SIZES,
     "opt": {
         "vocab_size": VOCABULARY,
         "hidden_size": 32,

@@ -114,6 +114,12 @@ def test_an_architecture_that_leaks_between_documents_is_refused(name: str, cach
         prove_isolation(directory, model)
 
 
+def test_an_encoder_is_refused(cache: Path) -> None:
+    model = recipe("bert", {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1})
+    with pytest.raises(UserError, match="choose another architecture"):
+        load(materialize_random(model, 7, cache), model)
+
+
 @pytest.mark.parametrize(
     ("name", "leak"),
     [

@@ -117,6 +117,18 @@ def test_transformers_loads_random_weights_as_they_are(name: str, cache: Path) -
     assert all(torch.equal(parameter, theirs[key]) for key, parameter in ours.items())
 
 
+def test_constants_of_a_checkpoint_are_loaded_and_offered_for_saving(cache: Path, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    model = recipe("apertus", CONFIGS["apertus"])
+    shutil.copytree(materialize_random(model, 1, cache), directory)
+    tensors = stored(directory)
+    store(directory, tensors | {"model.layers.1.mlp.act_fn.beta": torch.tensor(0.75)})
+    constants = make_language_model(directory, model, CPU()).persistent_buffers()
+    assert constants.keys() <= tensors.keys()
+    assert constants["model.layers.1.mlp.act_fn.beta"] == 0.75
+    assert constants["model.layers.0.mlp.act_fn.beta"] == tensors["model.layers.0.mlp.act_fn.beta"]
+
+
 def test_every_missing_weight_is_counted(llama: Path) -> None:
     tensors = stored(llama)
     for name in [name for name in tensors if "mlp" in name]:

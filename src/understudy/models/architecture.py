@@ -23,14 +23,15 @@ def load_config(directory: Path, model: schema.Model) -> PreTrainedConfig:
     own_code = "auto_map" in stored and "AutoConfig" in stored["auto_map"]
     if own_code and model.trust_remote_code:
         return type(AutoConfig.from_pretrained(directory, trust_remote_code=True)).from_dict({**stored, **model.config})
-    return make_config({**stored, **model.config}, overrides=model.config)
+    return make_config(stored, model.config)
 
 
-def make_config(values: dict[str, Any], overrides: dict[str, Any]) -> PreTrainedConfig:
-    """A configuration from `values`, `model_type` among them; `overrides` are those the user wrote.
+def make_config(stored: dict[str, Any], overrides: dict[str, Any]) -> PreTrainedConfig:
+    """A configuration from what a model's config.json says and what the user laid over it.
 
     Raises `UserError` for an unknown model type or field, and for sizes that contradict each other.
     """
+    values = {**stored, **overrides}
     model_type = values.get("model_type")
     if model_type is None:
         raise UserError("the model's configuration names no model_type; set model.config.model_type, such as llama.")
@@ -40,7 +41,7 @@ def make_config(values: dict[str, Any], overrides: dict[str, Any]) -> PreTrained
             "model that ships its own code needs --trust-remote-code on the command line."
         )
     kind = CONFIG_MAPPING[model_type]
-    known = set(kind().to_dict()) | set(kind.attribute_map) | {"model_type"}
+    known = set(kind().to_dict()) | set(kind.attribute_map) | stored.keys() | {"model_type"}
     for name in overrides:
         if name not in known:
             raise UserError(f"model.config.{name} is no field of {model_type}{_nearest(name, sorted(known))}.")

@@ -44,9 +44,10 @@ def make_language_model(directory: Path, model: schema.Model, device: Device) ->
         raise _not_document_aware(config.model_type)
     network.tie_weights()
     _make_buffers_real(network)
-    _load_persistent_buffers(network, directory)
     _replace_head(network)
-    return LanguageModel(network, document_limit(network))
+    built = LanguageModel(network, document_limit(network))
+    _load_persistent_buffers(built, directory)
+    return built
 
 
 def open_weights(directory: Path, model: LanguageModel) -> WeightReader:
@@ -81,20 +82,13 @@ def _make_buffers_real(network: PreTrainedModel) -> None:
     network.initialize_weights()
 
 
-def _persistent_buffers(network: nn.Module) -> dict[str, torch.Tensor]:
-    parameters = dict(network.named_parameters(remove_duplicate=False))
-    return {name: tensor for name, tensor in network.state_dict().items() if name not in parameters}
-
-
-def _load_persistent_buffers(network: PreTrainedModel, directory: Path) -> None:
-    """Some architectures keep constants of a checkpoint in buffers; unlike parameters they are never sharded."""
-    buffers = _persistent_buffers(network)
-    if not buffers:
-        return
-    reader = WeightReader(directory)
-    for name, buffer in buffers.items():
-        if name in reader:
-            buffer.copy_(reader(name)[:])
+def _load_persistent_buffers(model: LanguageModel, directory: Path) -> None:
+    buffers = model.persistent_buffers()
+    if buffers:
+        reader = WeightReader(directory)
+        for name, buffer in buffers.items():
+            if name in reader:
+                buffer.copy_(reader(name)[:])
 
 
 def _replace_head(network: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from transformers import __version__ as transformers_version
 
 from understudy.errors import UserError
 from understudy.models.architecture import make_config
-from understudy.models.source import read_config
+from understudy.models.source import stored_config
 from understudy.recipe import schema
 
 __all__ = ["materialize_random"]
@@ -30,7 +30,7 @@ def materialize_random(model: schema.Model, seed: int, cache: Path) -> Path:
     `cache` under a digest of all that decides its contents; one process builds it, others wait, and it appears whole.
     Raises `UserError` for a configuration that describes no model. Needs the model's size in host memory.
     """
-    config = make_config(read_config(model), overrides=model.config)
+    config = make_config(stored_config(model), model.config)
     described = [config.to_dict(), seed, torch.__version__, transformers_version]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     directory = cache / "models" / digest[:32]

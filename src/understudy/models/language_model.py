@@ -78,6 +78,12 @@ class LanguageModel(nn.Module):
         """The transformers configuration."""
         return self.network.config
 
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """Constants that a few architectures keep in their checkpoints beside the parameters, by Hugging Face name.
+        They are whole on every rank, are never trained, and belong in a saved model."""
+        parameters = {name for name, _ in self.network.named_parameters(remove_duplicate=False)}
+        return {name: tensor for name, tensor in self.network.state_dict().items() if name not in parameters}
+
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated blocks, in order: units to shard, to compile and to checkpoint."""
         lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]

@@ -29,16 +29,26 @@ def find_logit_transform(network: PreTrainedModel) -> LogitTransform:
     linear = network.get_output_embeddings()
     width = linear.in_features
     hidden = torch.randn(_ROWS, width, generator=generator)
-    small = nn.Linear(width, _VOCABULARY, bias=linear.bias is not None)
+    # Its usual initialisation would draw from the caller's random state.
+    small = nn.utils.skip_init(nn.Linear, width, _VOCABULARY, bias=linear.bias is not None)
     with torch.no_grad():
-        small.weight.copy_(torch.randn(_VOCABULARY, width, generator=generator) * _RAW_SCALE / width**0.5)
+        for parameter in small.parameters():
+            parameter.normal_(std=_RAW_SCALE / width**0.5, generator=generator)
         raw = small(hidden)
-        theirs = _own_logits(network, small, hidden)
+        try:
+            theirs = _own_logits(network, small, hidden)
+        # Its forward pass does more than pass the backbone's result on: it met a weight that is not there.
+        except (RuntimeError, TypeError, AttributeError, ValueError) as error:
+            raise _unknown_logits(network) from error
     for transform in candidate_transforms(network.config.get_text_config()):
         ours, _ = transform(raw.clone(), derivative=False)
         if theirs is not None and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4):
             return transform
-    raise UserError(
+    raise _unknown_logits(network)
+
+
+def _unknown_logits(network: PreTrainedModel) -> UserError:
+    return UserError(
         f"{type(network).__name__} computes its logits in a way that is not known here, so its loss cannot be computed "
         "in chunks; choose another architecture."
     )

@@ -9,7 +9,7 @@ from typing import Any
 from understudy.errors import UserError
 from understudy.recipe import schema
 
-__all__ = ["model_directory", "read_config", "tokenizer_directory"]
+__all__ = ["model_directory", "read_config", "stored_config", "tokenizer_directory"]
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _WEIGHT_FILES = ["*.safetensors"]
@@ -47,6 +47,11 @@ def tokenizer_directory(model: schema.Model) -> Path:
 
 def read_config(model: schema.Model) -> dict[str, Any]:
     """The model's config.json with `model.config` laid over it, one level deep; only `model.config` without a path."""
+    return {**stored_config(model), **model.config}
+
+
+def stored_config(model: schema.Model) -> dict[str, Any]:
+    """The model's config.json as it is; nothing without a path."""
     stored: dict[str, Any] = {}
     if model.path is not None:
         file = _local_or_snapshot(model.path, model.revision, ["config.json"]) / "config.json"
@@ -58,7 +63,7 @@ def read_config(model: schema.Model) -> dict[str, Any]:
             raise UserError(f"is not valid JSON ({error}); download the model again.", file=file) from None
         if not isinstance(stored, dict):
             raise UserError("must hold a JSON object; download the model again.", file=file)
-    return {**stored, **model.config}
+    return stored
 
 
 def _local_or_snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
