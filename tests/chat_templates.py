@@ -43,7 +43,9 @@ GEMMA = """{{ bos_token }}
 QWEN3 = """{%- if tools %}{{ '<|im_start|>system\\n# Tools\\n' }}
     {%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
 {%- set ns = namespace(last_query=0) %}
-{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{% set ns.last_query = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for message in messages %}
     {%- if message.role == 'assistant' %}
         {%- set content = message.content.split('</think>')[-1].lstrip('\\n') %}

@@ -79,9 +79,7 @@ def prepare(made: Recipe, tokenizer: Path, cache_dir: Path, **options: Any) -> P
     lines = {"data": 3, "data.train": 4, "data.max_length": 9, "model": 1, "model.path": 2}
     lines |= {f"data.train.{number}.path": 5 + number for number in range(3)}
     settings = {"vocab_size": None, "report": lambda line: None, **options}
-    return prepare_data(
-        made, SourceMap("recipe.yaml", lines), tokenizer_dir=tokenizer, cache_dir=cache_dir, **settings
-    )
+    return prepare_data(made, SourceMap("recipe.yaml", lines), tokenizer_dir=tokenizer, cache_dir=cache_dir, **settings)
 
 
 def cache_of(root: Path, examples: Sequence[tuple[Sequence[int], Sequence[int]]], key: str = "key") -> TokenCache:

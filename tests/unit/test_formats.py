@@ -161,9 +161,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path) -> None:
             writer.writeheader()
             writer.writerows(ROWS)
     paths = sorted(path for path in tmp_path.iterdir() if path.is_file())
-    for path in [path for each in paths for path in compressed(each) if path.suffix != ".parquet"]:
-        if "arrow" not in path.name and ".parquet" not in path.name or path.suffix in (".arrow", ".parquet"):
-            assert [row for row, _ in read(path, tmp_path)] == ROWS, path.name
+    for path in [path for each in paths for path in compressed(each)]:
+        assert [row for row, _ in read(path, tmp_path)] == ROWS, path.name
 
 
 def test_lines_are_kept(tmp_path: Path) -> None:
@@ -186,9 +185,7 @@ def test_a_directory_gives_its_files_of_the_split_in_order(tmp_path: Path) -> No
     assert len(read(tmp_path / "*.txt", tmp_path, max_samples=2)) == 2
 
 
-def test_a_hub_data_set_is_read_through_datasets_at_its_commit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_data_set_is_read_through_datasets_at_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
     import huggingface_hub
 

@@ -17,8 +17,11 @@ _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"\s*")
 
 
-def read_json(name: str, content: bytes, first: int) -> Iterator[Row]:
-    """A list of objects, an object that holds just such a list, or objects one after another. Read as a whole."""
+def read_json(name: str, content: bytes, first: int) -> Iterator[tuple[Row, float]]:
+    """A list of objects, an object that holds just such a list, or objects one after another.
+
+    Yields each row with the share of the file read once it is. Raises `UserError` with the line where it is no JSON.
+    """
     text = decode(content.removeprefix(BYTE_ORDER_MARK), name, None)
     wrapped = _WRAPPED.match(text)
     at = wrapped.end() if wrapped else _skip(text, 0)
@@ -30,12 +33,12 @@ def read_json(name: str, content: bytes, first: int) -> Iterator[Row]:
         line, seen = line + text.count("\n", seen, at), at
         row = Row(name, line, first, {})
         value, at = _value(name, text, at)
-        yield row.holding(value)
+        yield row.holding(value), at / len(text)
         first += 1
         at = _skip(text, at)
 
 
-def _json_array(name: str, text: str, at: int, first: int, closing: str) -> Iterator[Row]:
+def _json_array(name: str, text: str, at: int, first: int, closing: str) -> Iterator[tuple[Row, float]]:
     line, seen = 1, 0
     at = _skip(text, at + 1)
     if not text.startswith("]", at):
@@ -43,7 +46,7 @@ def _json_array(name: str, text: str, at: int, first: int, closing: str) -> Iter
             line, seen = line + text.count("\n", seen, at), at
             row = Row(name, line, first, {})
             value, at = _value(name, text, at)
-            yield row.holding(value)
+            yield row.holding(value), at / len(text)
             first += 1
             at = _skip(text, at)
             if text.startswith("]", at):

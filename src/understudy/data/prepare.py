@@ -23,7 +23,7 @@ from understudy.data.progress import TokenisingProgress
 from understudy.data.row import Row
 from understudy.data.sources import Rows, find_source
 from understudy.data.statistics import SetStatistics
-from understudy.data.tokenisation import rename
+from understudy.data.tokenisation import TokeniserSettings, rename
 from understudy.data.tokenizer_settings import tokeniser_settings
 from understudy.data.workers import RowChunk, tokenise_chunks
 from understudy.errors import UserError
@@ -32,7 +32,7 @@ from understudy.recipe.source_map import SourceMap
 
 __all__ = ["PreparedData", "prepare_data", "prepare_evaluation_data"]
 
-_ROWS_PER_CHUNK = 512
+_ROWS_PER_CHUNK = 256
 _MOST_WORKERS = 32
 """Beyond, the one process that reads is the slowest."""
 
@@ -193,7 +193,7 @@ class _Preparation:
             raise UserError("the file cannot be read; correct its permissions.", file=error.filename) from error
 
     def _fill(self, writer: CacheWriter, wanted: _Set, found: list[Rows]) -> Mapping[str, Any]:
-        settings = tokeniser_settings(self.recipe, self.tokenizer_dir)
+        settings = self._settings()
         vocabulary = settings.vocabulary
         self._check_vocabulary(vocabulary, -1)
         statistics = SetStatistics()
@@ -209,6 +209,16 @@ class _Preparation:
         if not statistics["examples"]:
             raise self._refusal(wanted, statistics)
         return {**statistics.as_json(), "tokenizer_vocabulary": vocabulary}
+
+    def _settings(self) -> TokeniserSettings:
+        try:
+            return tokeniser_settings(self.recipe, self.tokenizer_dir)
+        except UserError as error:
+            key = self._tokenizer_key() if self.recipe.data.chat_template is None else "data.chat_template"
+            raise error if error.file else self.source_map.error(key, error.message) from error
+
+    def _tokenizer_key(self) -> str:
+        return "model.tokenizer" if self.recipe.model.tokenizer else "model.path"
 
     def _chunks(
         self, wanted: _Set, found: list[Rows], statistics: SetStatistics, consumed: Callable[[int], None]
@@ -244,9 +254,8 @@ class _Preparation:
         """A tokenizer may have added tokens that the model has no embedding for, as long as none is in the data."""
         needed = max(tokenizer_vocabulary, max_token_id + 1)
         if self.vocab_size is not None and needed > self.vocab_size:
-            key = "model.tokenizer" if self.recipe.model.tokenizer else "model.path"
             raise self.source_map.error(
-                key,
+                self._tokenizer_key(),
                 f"the model's vocabulary of {self.vocab_size:,} is smaller than the tokenizer's {needed:,} tokens; use "
                 "the tokenizer that the model was made with, or a larger vocab_size in model.config.",
             )

@@ -42,13 +42,11 @@ def read_rows(path: Path, kind: str, first: int, consumed: Callable[[int], None]
     """
     name = str(path)
     try:
-        if kind in ("parquet", "arrow"):
-            yield from _columnar(path, kind, first, consumed)
+        if kind in ("json", "parquet", "arrow"):
+            yield from _by_share(_whole(path, kind, first), path.stat().st_size, consumed)
             return
         with _open(path, consumed) as file:
-            if kind == "json":
-                yield from read_json(name, file.read(), first)
-            elif kind in ("jsonl", "ndjson"):
+            if kind in ("jsonl", "ndjson"):
                 yield from _json_lines(name, file, first)
             elif kind == "txt":
                 yield from _text(name, file, first)
@@ -133,30 +131,53 @@ def _csv(name: str, file: Iterable[bytes], first: int, delimiter: str) -> Iterat
         raise UserError(f"the line is not valid CSV ({error}).", file=name, line=reader.line_num) from error
 
 
-def _columnar(path: Path, kind: str, first: int, consumed: Callable[[int], None]) -> Iterator[Row]:
-    size = path.stat().st_size
-    batches = _parquet(path) if kind == "parquet" else _arrow(path)
-    for batch in batches:
-        for values in batch.to_pylist():
-            yield Row(str(path), None, first, values)
-            first += 1
-    consumed(size)
+def _by_share(rows: Iterable[tuple[Row, float]], size: int, consumed: Callable[[int], None]) -> Iterator[Row]:
+    """The rows alone; tells how much of the file's `size` bytes they were, from the shares they come with."""
+    told = 0
+    for row, share in rows:
+        yield row
+        if (reached := int(share * size)) - told >= size // 1000:
+            consumed(reached - told)
+            told = reached
+    consumed(size - told)
 
 
-def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
+def _whole(path: Path, kind: str, first: int) -> Iterator[tuple[Row, float]]:
+    """Rows of the kinds that cannot be read as a stream, each with the share of the file read once it is."""
+    if kind == "json":
+        with _open(path, lambda count: None) as file:
+            yield from read_json(str(path), file.read(), first)
+        return
+    if path.suffix.lower()[1:] in COMPRESSIONS:
+        with _open(path, lambda count: None) as file:
+            source = pa.BufferReader(file.read())
+    else:
+        source = pa.memory_map(str(path))
+    with source:
+        for batch, share in _parquet(source) if kind == "parquet" else _arrow(source):
+            for columns in batch.to_pylist():
+                yield Row(str(path), None, first, columns), share
+                first += 1
+
+
+def _parquet(source: pa.NativeFile) -> Iterator[tuple[pa.RecordBatch, float]]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=_ROWS_AT_ONCE)
+    with pq.ParquetFile(source) as file:
+        done = 0
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
+            done += batch.num_rows
+            yield batch, done / file.metadata.num_rows
 
 
-def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
+def _arrow(source: pa.NativeFile) -> Iterator[tuple[pa.RecordBatch, float]]:
     """Both layouts: the file format, and the stream that `datasets` saves."""
-    with pa.memory_map(str(path)) as mapped:
-        is_file = mapped.read(6) == b"ARROW1"
-        mapped.seek(0)
-        if is_file:
-            reader = pa.ipc.open_file(mapped)
-            yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
-        else:
-            yield from pa.ipc.open_stream(mapped)
+    is_file = source.read(6) == b"ARROW1"
+    source.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        for number in range(reader.num_record_batches):
+            yield reader.get_batch(number), (number + 1) / reader.num_record_batches
+    else:
+        for batch in pa.ipc.open_stream(source):
+            yield batch, source.tell() / source.size()

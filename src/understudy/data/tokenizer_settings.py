@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from understudy.data.template import ChatTemplate
 from understudy.data.tokenisation import TokeniserSettings
 from understudy.errors import UserError
 from understudy.recipe.schema import Recipe
@@ -31,6 +32,8 @@ def tokeniser_settings(recipe: Recipe, tokenizer_dir: Path) -> TokeniserSettings
         )
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     plain, with_tools = _templates(tokenizer)
+    for template in filter(None, {plain, with_tools}):
+        ChatTemplate(template, {})  # a syntax error is told here, not by a worker
     return TokeniserSettings(
         tokenizer=tokenizer.backend_tokenizer.to_str(),
         special_tokens=dict(tokenizer.special_tokens_map),

@@ -17,7 +17,7 @@ from understudy.errors import UnderstudyError
 
 __all__ = ["RowChunk", "tokenise_chunks"]
 
-_FEW_CHUNKS = 8
+_FEW_CHUNKS = 16
 """So many are done in this process: starting others would take longer."""
 
 _tokeniser: Tokeniser
