@@ -115,6 +115,14 @@ def test_the_earliest_cause_wins_over_aborts_that_follow_it() -> None:
     assert str(error).startswith("ValueError: boom (rank 0, before training")
 
 
+@pytest.mark.parametrize(("step", "refused"), [(None, True), (3, False)])
+def test_wrong_input_found_before_training_leaves_nothing_to_keep(step: int | None, refused: bool) -> None:
+    cause = Cause(0, 10.0, 2, "recipe.yaml:3: no", step, "", peer_failed=False)
+    error = first_failure([Exit(0, 2, 10.1)], {0: cause}, {0: Path("a")})
+    assert isinstance(error, FailedRunError)
+    assert error.refused is refused
+
+
 def alive(process: int) -> bool:
     try:
         state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]

@@ -36,5 +36,5 @@ def silent_console() -> Console:
 
 
 def _terminal_width(stream: TextIO) -> int | None:
-    """rich asks this process's own standard streams, which are a log here."""
-    return os.get_terminal_size(stream.fileno()).columns if stream.isatty() else None
+    """rich asks this process's own standard streams, which are a log here. A terminal may not know: it says 0."""
+    return (os.get_terminal_size(stream.fileno()).columns or None) if stream.isatty() else None
