@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TextIO
 
 from understudy.errors import UserError
 from understudy.recipe.source_map import SourceMap
@@ -117,10 +118,11 @@ def claim_run_directory(path: Path, sources: SourceMap, *, overwrite: bool) -> I
     try:
         _refuse_foreign(path, sources)
         marked_before = (path / MARKER).exists()
-        with _locked_marker(path, sources):
+        with _locked_marker(path, sources) as marker:
             try:
                 if not overwrite:
                     _refuse_earlier_run(claim.directory, sources)
+                _sign(marker, path, sources)
                 yield claim
             finally:
                 if not claim.begun and not marked_before:
@@ -182,13 +184,9 @@ def _refuse_earlier_run(directory: RunDirectory, sources: SourceMap) -> None:
 
 
 @contextmanager
-def _locked_marker(path: Path, sources: SourceMap) -> Iterator[None]:
-    try:
+def _locked_marker(path: Path, sources: SourceMap) -> Iterator[TextIO]:
+    with _write_errors(path, sources):
         descriptor = os.open(path / MARKER, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as problem:
-        raise sources.error(
-            "output_dir", f"{path} cannot be written to ({problem.strerror}); choose another output_dir."
-        ) from problem
     with os.fdopen(descriptor, "r+", encoding="utf-8") as marker:
         try:
             fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -197,11 +195,25 @@ def _locked_marker(path: Path, sources: SourceMap) -> Iterator[None]:
         # The holder before us may have removed the marker between our opening and locking it.
         if os.fstat(descriptor).st_nlink == 0:
             raise _in_use(path, "", sources)
-        owner = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        marker.truncate()
-        json.dump(owner, marker)
-        marker.flush()
+        yield marker
+
+
+def _sign(marker: TextIO, path: Path, sources: SourceMap) -> None:
+    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
+    with _write_errors(path, sources):
+        # Written below the buffer of `marker`, which would try again on closing if the disk is full.
+        os.ftruncate(marker.fileno(), 0)
+        os.pwrite(marker.fileno(), json.dumps(owner).encode(), 0)
+
+
+@contextmanager
+def _write_errors(path: Path, sources: SourceMap) -> Iterator[None]:
+    try:
         yield
+    except OSError as problem:
+        raise sources.error(
+            "output_dir", f"{path} cannot be written to ({problem.strerror}); choose another output_dir."
+        ) from problem
 
 
 def _in_use(path: Path, marker: str, sources: SourceMap) -> UserError:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["start_as_worker", "start_locally"]
 
 STDOUT, STDERR = 1, 2
+SMALL_FILES_BYTES = 64 * 2**20
+"""What a run writes beside the final model's weights: tokenizer, metrics, logs."""
 
 
 def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: Callable[[str], None]) -> None:
@@ -82,7 +84,7 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
     from understudy.training.prepare import prepare_job
 
     prepared = prepare_job(recipe, sources, say)
-    require_space(claim.directory.path, prepared.model_bytes, "the final model", sources)
+    require_space(claim.directory.path, prepared.model_bytes + SMALL_FILES_BYTES, "the run", sources)
     directory = claim.begin(dump_recipe(recipe))
     write_job(directory.job, prepared.job)
     say(opening_lines(prepared))
