@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,18 +37,18 @@ def show(recipe: Path, overrides: tuple[str, ...], count: int, evaluation: bool,
     Example: understudy data show recipe.yaml -n 3 --tokens
     """
     loaded, tokenizer_dir, sets = _prepared(recipe, overrides)
-    if evaluation and "evaluation" not in sets:
+    shown = sets.get("evaluation" if evaluation else "train")
+    if shown is None:
         raise click.UsageError("this recipe has no evaluation data; give data.eval or data.eval_fraction.")
-    cache = sets["evaluation" if evaluation else "train"]
 
     from understudy.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_dir, trust_remote_code=loaded.model.trust_remote_code)
-    for i in range(min(count, len(cache))):
+    for i in range(min(count, len(shown.cache))):
         if as_json:
-            click.echo(json.dumps(_example(cache, i, tokenizer.convert_ids_to_tokens), ensure_ascii=False))
+            click.echo(json.dumps(_example(shown, i, tokenizer.convert_ids_to_tokens), ensure_ascii=False))
         else:
-            _show(cache, i, tokenizer.decode, separate)
+            _show(shown, i, tokenizer.decode, separate)
 
 
 @command.command
@@ -62,11 +63,11 @@ def stats(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
 
     from understudy.data.inspection import describe
 
-    described = {name: describe(cache) for name, cache in sets.items()}
+    described = {name: describe(found.cache, found.paths) for name, found in sets.items()}
     if as_json:
         click.echo(json.dumps(described))
     else:
-        _table(described)
+        _print_table(described)
 
 
 @command.command
@@ -79,14 +80,26 @@ def prepare(recipe: Path, overrides: tuple[str, ...], as_json: bool) -> None:
     """
     _, _, sets = _prepared(recipe, overrides)
     if as_json:
-        built = {name: {"path": str(cache.path), "examples": len(cache)} for name, cache in sets.items()}
+        built = {name: {"path": str(s.cache.path), "examples": len(s.cache)} for name, s in sets.items()}
         click.echo(json.dumps(built))
     else:
-        for name, cache in sets.items():
-            click.echo(f"{name}: {cache.path}")
+        for name, found in sets.items():
+            click.echo(f"{name}: {found.cache.path}")
 
 
-def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dict[str, TokenCache]]:
+@dataclass(frozen=True)
+class _Set:
+    cache: TokenCache
+    paths: tuple[str, ...]
+    """Its sources as the recipe names them."""
+
+    def place(self, i: int) -> tuple[str, int]:
+        """The source of example `i`, and its row there, from 1."""
+        return self.paths[int(self.cache.source[i])], int(self.cache.row[i]) + 1
+
+
+def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dict[str, _Set]]:
+    """The recipe, its tokenizer's directory, and its sets by name."""
     from understudy.errors import UserError
     from understudy.recipe.environment import cache_directory
     from understudy.recipe.load import load_recipe
@@ -101,7 +114,7 @@ def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dic
         tokenizer_dir = tokenizer_directory(recipe.model)
         config = read_config(recipe.model)
     except UserError as error:
-        raise error if error.file else sources.error("model", error.message) from error
+        raise error if error.file else sources.error("model.path", error.message) from error
     prepared = prepare_data(
         recipe,
         sources,
@@ -110,70 +123,67 @@ def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dic
         cache_dir=cache_directory(),
         report=lambda line: click.echo(line, err=True),
     )
-    found = {"train": prepared.train, "evaluation": prepared.evaluation}
-    return recipe, tokenizer_dir, {name: TokenCache.open(path) for name, path in found.items() if path is not None}
+    sets = {"train": _Set(TokenCache.open(prepared.train), tuple(source.path for source in recipe.data.train))}
+    if prepared.evaluation is not None:
+        held_out = recipe.data.train if recipe.data.eval is None else recipe.data.eval
+        sets["evaluation"] = _Set(TokenCache.open(prepared.evaluation), tuple(source.path for source in held_out))
+    return recipe, tokenizer_dir, sets
 
 
-def _place(cache: TokenCache, i: int) -> tuple[str, int]:
-    """The source's path and the row in it, from 1."""
-    return cache.statistics["sources"][int(cache.source[i])]["path"], int(cache.row[i]) + 1
-
-
-def _example(cache: TokenCache, i: int, texts: Callable[[list[int]], list[str]]) -> dict[str, Any]:
-    path, row = _place(cache, i)
-    supervised = [False, *cache.supervised(i).astype(bool).tolist()[1:]]
-    tokens = cache.tokens(i).tolist()
+def _example(shown: _Set, i: int, texts: Callable[[list[int]], list[str]]) -> dict[str, Any]:
+    path, row = shown.place(i)
+    supervised = [False, *shown.cache.supervised(i).astype(bool).tolist()[1:]]
+    tokens = shown.cache.tokens(i).tolist()
     return {"source": path, "row": row, "tokens": tokens, "texts": texts(tokens), "supervised": supervised}
 
 
-def _show(cache: TokenCache, i: int, decode: Callable[[list[int]], str], separate: bool) -> None:
+def _show(shown: _Set, i: int, decode: Callable[[list[int]], str], separate: bool) -> None:
     from rich.console import Console
     from rich.text import Text
 
     from understudy.data.inspection import runs
 
     console = Console(highlight=False)
-    path, row = _place(cache, i)
-    console.rule(
-        f"{path}, row {row}: {cache.lengths[i]:,} tokens, {cache.num_supervised[i]:,} supervised", align="left"
-    )
+    path, row = shown.place(i)
+    counts = f"{shown.cache.lengths[i]:,} tokens, {shown.cache.num_supervised[i]:,} supervised"
+    console.rule(Text(f"{path}, row {row}: {counts}"), align="left")
     text = Text()
-    for run in runs(cache, i):
+    for run in runs(shown.cache, i):
         words = "│".join(decode([token]) for token in run.tokens) if separate else decode(list(run.tokens))
         marked = f"⟦{words}⟧" if run.supervised and console.color_system is None else words
         text.append(marked, style="green" if run.supervised else "dim")
     console.print(text, soft_wrap=True)
 
 
-def _table(described: dict[str, dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+_LABELS = {
+    "rows": "rows",
+    "examples": "examples",
+    "tokens": "tokens",
+    "supervised_tokens": "supervised tokens",
+    "truncated": "truncated",
+    "split": "split",
+    "dropped_long": "dropped, too long",
+    "dropped_unsupervised": "dropped, nothing supervised",
+    "cut_to_prompt": "dropped, cut to the prompt",
+    "duplicates": "exact duplicates",
+}
 
-    table = Table("", *described, box=None, header_style="bold")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    labels = {
-        "rows": "rows",
-        "examples": "examples",
-        "tokens": "tokens",
-        "supervised_tokens": "supervised tokens",
-        "truncated": "truncated",
-        "split": "split",
-        "dropped_long": "dropped, too long",
-        "dropped_unsupervised": "dropped, nothing supervised",
-        "cut_to_prompt": "dropped, cut to the prompt",
-        "duplicates": "exact duplicates",
-    }
-    for name, label in labels.items():
-        table.add_row(label, *(f"{values[name]:,}" for values in described.values()))
-    table.add_row("supervised share", *(f"{values['supervised_share']:.1%}" for values in described.values()))
-    table.add_row("mean length", *(f"{values['mean_length']:,.1f}" for values in described.values()))
-    for percentile in next(iter(described.values()))["length_percentiles"]:
+
+def _print_table(described: Mapping[str, Mapping[str, Any]]) -> None:
+    sets = described.values()
+    _print_row("", *described)
+    for name, label in _LABELS.items():
+        _print_row(label, *(f"{values[name]:,}" for values in sets))
+    _print_row("supervised share", *(f"{values['supervised_share']:.1%}" for values in sets))
+    _print_row("mean length", *(f"{values['mean_length']:,.1f}" for values in sets))
+    for percentile in next(iter(sets))["length_percentiles"]:
         label = f"length, {percentile} %"
-        table.add_row(label, *(f"{values['length_percentiles'][percentile]:,}" for values in described.values()))
+        _print_row(label, *(f"{values['length_percentiles'][percentile]:,}" for values in sets))
     for name, values in described.items():
         for source in values["sources"]:
-            counts = f"{source['examples']:,} examples, {source['tokens']:,} tokens"
-            table.caption = "\n".join(filter(None, [str(table.caption or ""), f"{name}: {source['path']}: {counts}"]))
-    table.caption_justify = "left"
-    Console().print(table)
+            counts = f"{source['examples']:,} examples, {source['tokens']:,} tokens, {source['truncated']:,} truncated"
+            click.echo(f"{name}: {source['path']} ({source['format']}): {counts}")
+
+
+def _print_row(label: str, *values: str) -> None:
+    click.echo(f"{label:<28}" + "".join(f"{value:>14}" for value in values))

@@ -29,6 +29,7 @@ _TOKENIZER_FILES = (
     "additional_chat_templates/*",
     "*.model",
     "*.tiktoken",
+    "*.py",
 )
 
 

@@ -34,12 +34,16 @@ def runs(cache: TokenCache, i: int) -> list[Run]:
     ]
 
 
-def describe(cache: TokenCache) -> dict[str, Any]:
-    """The set's statistics with its lengths' percentiles and the share of tokens that is supervised, as JSON."""
+def describe(cache: TokenCache, paths: Sequence[str]) -> dict[str, Any]:
+    """The set's statistics with its lengths' percentiles and the share of tokens that is supervised, as JSON.
+
+    `paths` are the sources as the recipe names them; the cache knows contents only.
+    """
     statistics = dict(cache.statistics)
     lengths = np.percentile(cache.lengths, PERCENTILES, method="higher").astype(int).tolist()
     return {
         **{name: value for name, value in statistics.items() if name not in ("max_token_id", "tokenizer_vocabulary")},
+        "sources": [{"path": path, **source} for path, source in zip(paths, statistics["sources"])],
         "supervised_share": statistics["supervised_tokens"] / statistics["tokens"],
         "mean_length": float(cache.lengths.mean()),
         "length_percentiles": dict(zip(map(str, PERCENTILES), lengths)),

@@ -23,13 +23,13 @@ class SetStatistics:
     def __init__(self) -> None:
         self._total: Counter[str] = Counter()
         self._sources: dict[int, Counter[str]] = {}
-        self._named: dict[int, dict[str, str]] = {}
+        self._formats: dict[int, str] = {}
         self._fingerprints: list[npt.NDArray[np.uint64]] = []
         self.max_token_id = -1
 
-    def begin_source(self, number: int, path: str, format_name: str) -> None:
+    def begin_source(self, number: int, format_name: str) -> None:
         self._sources[number] = Counter()
-        self._named[number] = {"path": path, "format": format_name}
+        self._formats[number] = format_name
 
     def add(self, tokenised: Tokenised) -> None:
         chunk = tokenised.chunk
@@ -53,7 +53,9 @@ class SetStatistics:
             **_counts(self._total),
             "duplicates": len(fingerprints) - len(np.unique(fingerprints)),
             "max_token_id": self.max_token_id,
-            "sources": [{**self._named[number], **_counts(counts)} for number, counts in self._sources.items()],
+            "sources": [
+                {"format": self._formats[number], **_counts(counts)} for number, counts in self._sources.items()
+            ],
         }
 
 

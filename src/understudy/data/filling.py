@@ -1,0 +1,134 @@
+"""Fills an entry of the token cache: reads the rows of a set, tokenises them in workers, writes them in order."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from understudy.data.builder import CacheWriter
+from understudy.data.example_set import ExampleSet
+from understudy.data.formats.registry import recognise
+from understudy.data.progress import TokenisingProgress
+from understudy.data.row import Row
+from understudy.data.statistics import SetStatistics
+from understudy.data.tokenisation import TokeniserSettings, rename
+from understudy.data.tokenizer_settings import tokeniser_settings
+from understudy.data.vocabulary import check_vocabulary, tokenizer_key
+from understudy.data.workers import RowChunk, tokenise_chunks
+from understudy.errors import UserError
+from understudy.recipe.schema import DataSource, Recipe
+from understudy.recipe.source_map import SourceMap
+
+__all__ = ["Filling"]
+
+_ROWS_PER_CHUNK = 256
+_MOST_WORKERS = 32
+"""Beyond, the one process that reads is the slowest."""
+
+
+@dataclass(frozen=True)
+class Filling:
+    """What filling needs besides the set; `vocab_size` is the model's, None when not known."""
+
+    recipe: Recipe
+    source_map: SourceMap
+    tokenizer_dir: Path
+    vocab_size: int | None
+    report: Callable[[str], None]
+
+    def fill(self, writer: CacheWriter, wanted: ExampleSet) -> Mapping[str, Any]:
+        """Writes the set's examples and returns its statistics.
+
+        Raises `UserError` at the file and line of bad data, or at the recipe's line where nothing is left to train on.
+        """
+        settings = self._settings()
+        statistics = SetStatistics()
+        sizes = [rows.size() for rows in wanted.found]
+        total = None if None in sizes else sum(size for size in sizes if size is not None)
+        with TokenisingProgress(wanted.title, total, self.report) as progress:
+            chunks = self._chunks(wanted, statistics, progress.read)
+            for tokenised in tokenise_chunks(chunks, settings, self._workers()):
+                statistics.add(tokenised)
+                self._check_vocabulary(settings, statistics.max_token_id)
+                writer.append(tokenised.chunk)
+                progress.tokenised(tokenised.counts["rows"], len(tokenised.chunk.tokens))
+        if not statistics["examples"]:
+            raise self._refusal(wanted, statistics)
+        return {**statistics.as_json(), "tokenizer_vocabulary": settings.vocabulary}
+
+    def _settings(self) -> TokeniserSettings:
+        try:
+            settings = tokeniser_settings(self.recipe, self.tokenizer_dir)
+        except UserError as error:
+            key = tokenizer_key(self.recipe) if self.recipe.data.chat_template is None else "data.chat_template"
+            raise error if error.file else self.source_map.error(key, error.message) from error
+        self._check_vocabulary(settings, -1)
+        return settings
+
+    def _check_vocabulary(self, settings: TokeniserSettings, max_token_id: int) -> None:
+        check_vocabulary(
+            self.recipe,
+            self.source_map,
+            vocab_size=self.vocab_size,
+            tokenizer=settings.vocabulary,
+            max_token_id=max_token_id,
+        )
+
+    def _chunks(
+        self, wanted: ExampleSet, statistics: SetStatistics, consumed: Callable[[int], None]
+    ) -> Iterator[RowChunk]:
+        for number, (source, available) in enumerate(zip(wanted.sources, wanted.found)):
+            rows = available.rows(consumed)
+            first = next(rows, None)
+            if first is None:
+                raise self.source_map.error(f"{wanted.key}.{number}.path", f"{source.path} holds no rows.")
+            format_name = self._format(source, first)
+            statistics.begin_source(number, format_name)
+            rows = itertools.chain([first], rows)
+            while chunk := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
+                if taken := wanted.share.of(chunk, number):
+                    yield RowChunk(taken, format_name, source.columns, number)
+
+    def _format(self, source: DataSource, first: Row) -> str:
+        if source.format != "auto":
+            return source.format
+        columns = first.columns()
+        try:
+            name = recognise(rename(columns, source.columns)).name
+        except UserError as error:
+            raise first.error(error.message) from error
+        self.report(f"{source.path}: recognised the format {name} from the columns {', '.join(columns)}.")
+        return name
+
+    def _workers(self) -> int:
+        wanted = self.recipe.data.num_workers
+        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if wanted == "auto" else wanted
+
+    def _refusal(self, wanted: ExampleSet, statistics: SetStatistics) -> UserError:
+        """Why a set came out empty."""
+        data = self.recipe.data
+        if not statistics["rows"]:
+            return self.source_map.error(
+                "data.eval_fraction",
+                f"eval_fraction {data.eval_fraction} leaves no example for the {wanted.title.lower()}; there are too "
+                "few rows for it, so change it or give data.eval.",
+            )
+        if statistics["dropped_long"]:
+            return self.source_map.error(
+                "data.max_length",
+                f"every example is longer than max_length {data.max_length}, and overflow: drop leaves none; raise it.",
+            )
+        if statistics["cut_to_prompt"]:
+            return self.source_map.error(
+                "data.max_length",
+                f"max_length {data.max_length} is shorter than every prompt, so nothing is left to train on; raise it.",
+            )
+        return self.source_map.error(
+            wanted.key,
+            "no token of this data is supervised: no row has an answer of the assistant; check format, columns and the "
+            "roles of the messages, or set data.train_on_prompt.",
+        )
