@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.metrics import evaluation_metrics
 from understudy.training.sinks.registry import Answer, Row, Sink
 
-__all__ = ["EvaluationHook", "Evaluator", "interval_steps"]
+__all__ = ["EvaluationHook", "Evaluator", "asked", "interval_steps"]
 
 SLACK_TOKENS = 8
 """An answer may grow this much longer than its reference: enough to see that it does."""
@@ -68,7 +69,7 @@ class Evaluator:
             world_size=self.world.size,
         )
         return [
-            Answer(self._text(prompt), self._text(tokens), self._text(answer))
+            Answer(asked(self.tokenizer, prompt.tolist()), self._text(tokens), self._text(answer))
             for (prompt, answer), tokens in zip(pairs, said)
         ]
 
@@ -77,6 +78,17 @@ class Evaluator:
 
     def _text(self, tokens: Tensor | list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def asked(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """What a prompt asks, to be shown: its last part between special tokens, without the header of the answer and the
+    word `user` that many chat templates put around it. Without special tokens, all of it."""
+    special = set(tokenizer.all_special_ids)
+    groups = [list(group) for is_special, group in groupby(prompt, special.__contains__) if not is_special]
+    parts = [text for group in groups if (text := str(tokenizer.decode(group)).strip())]
+    if len(parts) > 1:
+        parts.pop()
+    return parts[-1].removeprefix("user\n").strip() if parts else ""
 
 
 class EvaluationHook(Hook):
