@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from understudy.data.tokenisation import Tokenised
+from understudy.data.cutting import Tokenised
 
 __all__ = ["SetStatistics"]
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from understudy.data.builder import TokenChunk
+from understudy.data.cutting import Encoded, Overflow, Tokenised, cut
 from understudy.data.examples import Conversation, Document
 from understudy.data.formats.format import Format
 from understudy.data.formats.registry import formats
@@ -22,9 +20,7 @@ from understudy.data.row import Row
 from understudy.data.template import ChatTemplate
 from understudy.errors import UserError
 
-__all__ = ["RowReader", "Tokenised", "Tokeniser", "TokeniserSettings"]
-
-Flags = npt.NDArray[np.uint8]
+__all__ = ["RowReader", "Tokeniser", "TokeniserSettings", "rename", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -47,17 +43,18 @@ class TokeniserSettings:
     vocabulary: int
     """Tokens of the tokenizer, added ones aside."""
     max_length: int
-    overflow: Literal["truncate", "drop", "split"]
+    overflow: Overflow
     train_on_prompt: bool
 
 
-@dataclass(frozen=True)
-class Tokenised:
-    chunk: TokenChunk
-    fingerprints: npt.NDArray[np.uint64]
-    """[E] hash of each example's tokens, to count exact duplicates."""
-    counts: Counter[str]
-    """rows, truncated, split, dropped_long, dropped_unsupervised, cut_to_prompt."""
+class _Text(NamedTuple):
+    """One example before it is encoded."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """Supervised characters [start, end)."""
+    plain: bool
+    """Not rendered by a template: begin and end tokens are still to be added."""
 
 
 class RowReader:
@@ -101,45 +98,30 @@ class Tokeniser:
 
     def tokenise(self, rows: Sequence[Row], reader: RowReader, *, source: int) -> Tokenised:
         """Examples of `rows`, in order, as they will be trained on. Raises `UserError` with a row's file and line."""
-        texts, spans, framed = [], [], []
-        for row in rows:
-            example = reader.read(row)
-            rendered_text, supervised = self._render(example, row)
-            texts.append(rendered_text)
-            spans.append(supervised)
-            framed.append(isinstance(example, Document))
-        encodings = self._encode(texts, rows)
-        bos, eos = _one(self._settings.bos_id), _one(self._settings.eos_id)
-        ids = [
-            encoding.ids if not plain else _framed(encoding.ids, bos, eos) for encoding, plain in zip(encodings, framed)
-        ]
+        texts = [self._render(reader.read(row), row) for row in rows]
+        encodings = self._encode([text.text for text in texts], rows)
+        ids = [self._framed(encoding.ids) if text.plain else encoding.ids for text, encoding in zip(texts, encodings)]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens = np.fromiter(chain.from_iterable(ids), np.int32, int(lengths.sum()))
-        starts = np.cumsum(lengths) - lengths
-        flags = np.zeros(len(tokens), np.uint8)
-        for number, (encoding, start) in enumerate(zip(encodings, starts.tolist())):
-            if self._settings.train_on_prompt:
-                flags[start : start + lengths[number]] = 1
-                continue
-            prefix = int(framed[number] and lengths[number] - len(encoding) - len(eos) > 0)
-            for span in spans[number]:
-                first, last = tokens_of(encoding, *span)
-                flags[start + prefix + first : start + prefix + last] = 1
-            if framed[number]:
-                flags[start + prefix + len(encoding) : start + lengths[number]] = 1
-        return self._cut(tokens, flags, starts, lengths, rows, source)
+        supervised = np.zeros(len(tokens), np.uint8)
+        end = 0
+        for text, encoding, length in zip(texts, encodings, lengths.tolist()):
+            self._supervise(supervised[end : end + length], text, encoding)
+            end += length
+        encoded = Encoded(tokens, supervised, lengths, [row.number for row in rows])
+        return cut(encoded, source=source, max_length=self._settings.max_length, overflow=self._settings.overflow)
 
     def text(self, row: Row, reader: RowReader) -> str:
         """The text of one row as it is tokenised."""
-        return self._render(reader.read(row), row)[0]
+        return self._render(reader.read(row), row).text
 
-    def _render(self, example: Conversation | Document, row: Row) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, example: Conversation | Document, row: Row) -> _Text:
         if isinstance(example, Document):
             if self._settings.eos_id is None:
                 raise row.error(
                     "plain text must end in the end-of-sequence token, but the tokenizer has none; set one."
                 )
-            return example.text, [(example.prompt_length, len(example.text))]
+            return _Text(example.text, [(example.prompt_length, len(example.text))], plain=True)
         renderer = self._with_tools if example.tools else self._plain
         if renderer is None:
             raise row.error(
@@ -147,7 +129,7 @@ class Tokeniser:
                 "string or a file."
             )
         try:
-            return renderer.render(example)
+            return _Text(*renderer.render(example), plain=False)
         except UserError as error:
             raise row.error(error.message) from error
 
@@ -164,55 +146,23 @@ class Tokeniser:
                     ) from error
             raise
 
-    def _cut(
-        self,
-        tokens: npt.NDArray[np.int32],
-        flags: Flags,
-        starts: npt.NDArray[np.int64],
-        lengths: npt.NDArray[np.int64],
-        rows: Sequence[Row],
-        source: int,
-    ) -> Tokenised:
-        """Applies `max_length` and `overflow`, and leaves out what has nothing to train on."""
-        counts: Counter[str] = Counter(rows=len(rows))
-        supervised_before = np.concatenate([np.zeros(1, np.int64), np.cumsum(flags, dtype=np.int64)])
-        pieces: list[tuple[int, int, int, int]] = []
-        for number, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist())):
-            for begin, end in self._pieces(start, length, counts):
-                trained = int(supervised_before[end] - supervised_before[begin + 1]) if end > begin else 0
-                if trained:
-                    pieces.append((begin, end, trained, rows[number].number))
-                elif (
-                    end - begin < length
-                    and supervised_before[start + length] > supervised_before[min(start + 1, start + length)]
-                ):
-                    counts["cut_to_prompt"] += 1
-                else:
-                    counts["dropped_unsupervised"] += 1
-        table = np.array(pieces, np.int64).reshape(-1, 4)
-        examples = [tokens[begin:end] for begin, end, *_ in pieces]
-        chunk = TokenChunk(
-            tokens=np.concatenate(examples) if examples else tokens[:0],
-            supervised=np.concatenate([flags[begin:end] for begin, end, *_ in pieces]) if pieces else flags[:0],
-            lengths=(table[:, 1] - table[:, 0]).astype(np.int32),
-            num_supervised=table[:, 2].astype(np.int32),
-            row=table[:, 3].copy(),
-            source=source,
-        )
-        return Tokenised(chunk, _fingerprints(examples), counts)
+    def _framed(self, ids: list[int]) -> list[int]:
+        """Plain text between its begin and end tokens; a begin token that the text holds itself is not doubled."""
+        bos, eos = self._settings.bos_id, self._settings.eos_id
+        assert eos is not None, "plain text is refused without one"
+        return [*ids, eos] if bos is None or ids[:1] == [bos] else [bos, *ids, eos]
 
-    def _pieces(self, start: int, length: int, counts: Counter[str]) -> Iterable[tuple[int, int]]:
-        limit, end = self._settings.max_length, start + length
-        if length <= limit:
-            return ((start, end),)
-        if self._settings.overflow == "truncate":
-            counts["truncated"] += 1
-            return ((start, start + limit),)
-        if self._settings.overflow == "drop":
-            counts["dropped_long"] += 1
-            return ()
-        counts["split"] += 1
-        return [(begin, min(begin + limit, end)) for begin in range(start, end, limit)]
+    def _supervise(self, flags: npt.NDArray[np.uint8], text: _Text, encoding: tokenizers.Encoding) -> None:
+        """Sets the flags of one example, whose tokens are the encoding's, framed where the text is plain."""
+        if self._settings.train_on_prompt:
+            flags[:] = 1
+            return
+        before = int(text.plain and len(flags) == len(encoding) + 2)
+        for span in text.spans:
+            first, last = tokens_of(encoding, *span)
+            flags[before + first : before + last] = 1
+        if text.plain:
+            flags[-1] = 1
 
 
 def tokens_of(encoding: tokenizers.Encoding, start: int, end: int) -> tuple[int, int]:
@@ -238,17 +188,3 @@ def _renderer(template: str | None, settings: TokeniserSettings) -> Renderer | N
     if template is None:
         return None
     return Renderer(ChatTemplate(template, settings.special_tokens), settings.special_texts)
-
-
-def _framed(ids: list[int], bos: list[int], eos: list[int]) -> list[int]:
-    """Plain text between its begin and end tokens; a begin token that the text holds itself is not doubled."""
-    return [*(bos if ids[:1] != bos else []), *ids, *eos]
-
-
-def _one(token: int | None) -> list[int]:
-    return [] if token is None else [token]
-
-
-def _fingerprints(examples: Sequence[npt.NDArray[np.int32]]) -> npt.NDArray[np.uint64]:
-    digests = b"".join(hashlib.blake2b(example.tobytes(), digest_size=8).digest() for example in examples)
-    return np.frombuffer(digests, np.uint64)

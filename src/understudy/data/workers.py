@@ -11,8 +11,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+from understudy.data.cutting import Tokenised
 from understudy.data.row import Row
-from understudy.data.tokenisation import RowReader, Tokenised, Tokeniser, TokeniserSettings
+from understudy.data.tokenisation import RowReader, Tokeniser, TokeniserSettings
 from understudy.errors import UnderstudyError
 
 __all__ = ["RowChunk", "tokenise_chunks"]
