@@ -30,7 +30,7 @@ def find_logit_transform(network: PreTrainedModel) -> LogitTransform:
     width = linear.in_features
     hidden = torch.randn(_ROWS, width, generator=generator)
     # Its usual initialisation would draw from the caller's random state.
-    small = nn.utils.skip_init(nn.Linear, width, _VOCABULARY, bias=linear.bias is not None)
+    small = nn.Linear(width, _VOCABULARY, bias=linear.bias is not None, device="meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in small.parameters():
             parameter.normal_(std=_RAW_SCALE / width**0.5, generator=generator)
