@@ -88,6 +88,7 @@ def test_a_row_of_a_columnar_file_is_named_by_its_number(tokenizer: Path, tmp_pa
         ("nowhere/rows.json", "there is no file or directory nowhere/rows.json"),
         ("nowhere/*.json", "no file matches nowhere/*.json"),
         ("/nowhere/rows", "there is no file or directory /nowhere/rows"),
+        ("/" + "long" * 200, "cannot be read (File name too long)"),
     ],
 )
 def test_a_missing_file_is_named_at_the_recipes_line(path: str, words: str, tokenizer: Path, tmp_path: Path) -> None:
@@ -107,9 +108,17 @@ def test_a_directory_without_data_or_of_several_kinds_is_refused(tokenizer: Path
     assert "no known kind of data" in refusal(recipe(tmp_path / "a.pdf"), tokenizer, tmp_path).message
 
 
-def test_an_unknown_field_in_columns_is_refused(tokenizer: Path, tmp_path: Path) -> None:
-    source = {"path": str(write_lines(tmp_path / "a.jsonl", [{"x": "y"}])), "format": "text", "columns": {"txt": "x"}}
+@pytest.mark.parametrize("format_name", ["auto", "text"])
+def test_an_unknown_field_in_columns_is_refused(format_name: str, tokenizer: Path, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "a.jsonl", [{"x": "y", "text": "z"}])
+    source = {"path": str(rows), "format": format_name, "columns": {"txt": "x"}}
     assert "the format text has no field 'txt'; it has text" in refusal(recipe(source), tokenizer, tmp_path).message
+
+
+def test_a_bad_row_met_by_a_worker_is_named_the_same(tokenizer: Path, tmp_path: Path) -> None:
+    rows = write_lines(tmp_path / "a.jsonl", [{"text": "a"}] * 4200 + [{"text": 1}])
+    error = refusal(recipe(rows, num_workers=2), tokenizer, tmp_path)
+    assert str(error) == f"{rows}:4201: the column 'text' must hold text, but holds 1."
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from understudy.data.column_names import rename
 from understudy.data.examples import Conversation, Document
 from understudy.data.formats.registry import formats, recognise
 from understudy.data.sources import find_source
-from understudy.data.tokenisation import rename
 from understudy.errors import UserError
 from understudy.recipe.schema import DataSource
 

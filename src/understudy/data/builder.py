@@ -123,6 +123,8 @@ def _open(path: Path, report: Callable[[str], None]) -> TokenCache | None:
 
 
 def _build(path: Path, key: str, fill: Callable[[CacheWriter], Mapping[str, Any]]) -> None:
+    for abandoned in path.parent.glob(f".{key[:16]}-*"):  # by a builder that was killed: we hold its lock now
+        shutil.rmtree(abandoned, ignore_errors=True)
     building = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=path.parent))
     try:
         writer = CacheWriter(building)

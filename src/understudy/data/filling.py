@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from understudy.data.builder import CacheWriter
+from understudy.data.column_names import check_columns, rename
 from understudy.data.example_set import ExampleSet
 from understudy.data.formats.registry import recognise
 from understudy.data.progress import TokenisingProgress
 from understudy.data.row import Row
 from understudy.data.statistics import SetStatistics
-from understudy.data.tokenisation import TokeniserSettings, rename
+from understudy.data.tokenisation import TokeniserSettings
 from understudy.data.tokenizer_settings import tokeniser_settings
 from understudy.data.vocabulary import check_vocabulary, tokenizer_key
 from understudy.data.workers import RowChunk, tokenise_chunks
@@ -86,27 +87,31 @@ class Filling:
             first = next(rows, None)
             if first is None:
                 raise self.source_map.error(f"{wanted.key}.{number}.path", f"{source.path} holds no rows.")
-            format_name = self._format(source, first)
+            format_name = self._format(source, first, f"{wanted.key}.{number}")
             statistics.begin_source(number, format_name)
             rows = itertools.chain([first], rows)
             while chunk := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
                 if taken := wanted.share.of(chunk, number):
                     yield RowChunk(taken, format_name, source.columns, number)
 
-    def _format(self, source: DataSource, first: Row) -> str:
+    def _format(self, source: DataSource, first: Row, key: str) -> str:
         if source.format != "auto":
             return source.format
         columns = first.columns()
         try:
-            name = recognise(rename(columns, source.columns)).name
+            known = recognise(rename(columns, source.columns))
         except UserError as error:
             raise first.error(error.message) from error
-        self.report(f"{source.path}: recognised the format {name} from the columns {', '.join(columns)}.")
-        return name
+        check_columns(known, source.columns, key, self.source_map)
+        self.report(f"{source.path}: recognised the format {known.name} from the columns {', '.join(columns)}.")
+        return known.name
 
     def _workers(self) -> int:
         wanted = self.recipe.data.num_workers
-        return min(len(os.sched_getaffinity(0)), _MOST_WORKERS) if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(cores, _MOST_WORKERS)
 
     def _refusal(self, wanted: ExampleSet, statistics: SetStatistics) -> UserError:
         """Why a set came out empty."""

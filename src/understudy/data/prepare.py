@@ -12,6 +12,7 @@ from typing import Any
 
 from understudy.data.builder import CacheWriter, open_or_build
 from understudy.data.cache import TokenCache
+from understudy.data.column_names import check_columns
 from understudy.data.example_set import ExampleSet, evaluation_set, training_set
 from understudy.data.formats.registry import formats
 from understudy.data.identity import FileDigests, cache_key, tokenizer_digest
@@ -110,12 +111,7 @@ class _Preparation:
 
     def _find(self, source: DataSource, key: str) -> Rows:
         if source.format != "auto":
-            known = formats()[source.format].columns
-            for field in set(source.columns) - set(known):
-                raise self.source_map.error(
-                    f"{key}.columns.{field}",
-                    f"the format {source.format} has no field {field!r}; it has {', '.join(known)}.",
-                )
+            check_columns(formats()[source.format], source.columns, key, self.source_map)
         try:
             return find_source(source, cache_dir=self.cache_dir)
         except UserError as error:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
+from understudy.data.column_names import rename
 from understudy.data.cutting import Encoded, Overflow, Tokenised, cut
 from understudy.data.examples import Conversation, Document
 from understudy.data.formats.format import Format
@@ -20,7 +21,7 @@ from understudy.data.row import Row
 from understudy.data.template import ChatTemplate
 from understudy.errors import UserError
 
-__all__ = ["RowReader", "Tokeniser", "TokeniserSettings", "rename", "tokens_of"]
+__all__ = ["RowReader", "Tokeniser", "TokeniserSettings", "tokens_of"]
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,6 @@ class RowReader:
             return self._format.parse(rename(row.columns(), self._columns))
         except UserError as error:
             raise row.error(error.message) from error
-
-
-def rename(row: Mapping[str, object], columns: Mapping[str, str]) -> Mapping[str, object]:
-    """`row` with `columns` (our field: their column) under our names. Raises `UserError` when one is missing."""
-    if not columns:
-        return row
-    for ours, theirs in columns.items():
-        if theirs not in row:
-            present = ", ".join(map(str, row)) or "none"
-            raise UserError(f"the row has no column {theirs!r}, which columns.{ours} names (its columns: {present}).")
-    taken = set(columns.values())
-    kept = {name: value for name, value in row.items() if name not in taken}
-    return {**kept, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
 
 class Tokeniser:
