@@ -191,12 +191,12 @@ def test_a_hub_data_set_is_read_through_datasets_at_its_commit(tmp_path: Path, m
 
     asked: dict[str, Any] = {}
 
-    def load(name: str, **options: Any) -> datasets.Dataset:
-        asked.update(options, name=name)
+    def load(path: str, **options: Any) -> datasets.Dataset:
+        asked.update(options, path=path)
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: f"/snapshots/abc{len(name)}")
     monkeypatch.setattr(datasets, "load_dataset", load)
-    assert read("owner/name", tmp_path, split="test", max_samples=1) == [(ROWS[0], None)]
-    assert (asked["name"], asked["revision"], asked["split"]) == ("owner/name", "abc10", "test")
+    assert read("owner/name", tmp_path, split="test", subset="main", max_samples=1) == [(ROWS[0], None)]
+    assert [asked[key] for key in ("path", "name", "revision", "split")] == ["owner/name", "main", "abc10", "test"]
     assert Path(asked["cache_dir"]).is_relative_to(tmp_path)

@@ -25,12 +25,13 @@ class HubRows:
     """Rows of one split of a data set on the Hub, at one commit."""
 
     dataset: HubDataset
+    subset: str | None
     split: str
     max_samples: int | None
     cache_dir: Path
 
     def identity(self, digest: Callable[[Path], str]) -> object:
-        return ["hub", self.dataset.name, self.dataset.commit, self.split]
+        return ["hub", self.dataset.name, self.dataset.commit, self.subset, self.split]
 
     def size(self) -> int | None:
         return None
@@ -48,6 +49,7 @@ class HubRows:
         try:
             return datasets.load_dataset(
                 self.dataset.name,
+                name=self.subset,
                 split=self.split,
                 revision=self.dataset.commit,
                 cache_dir=str(self.cache_dir / "datasets"),

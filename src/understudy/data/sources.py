@@ -90,7 +90,7 @@ def find_source(source: DataSource, *, cache_dir: Path) -> Rows:
         if not found:
             raise UserError(f"no file matches {source.path}; correct the pattern.")
     elif _HUB_ID.fullmatch(source.path) and kind_of(path) is None:
-        return HubRows(find_on_hub(source.path), source.split, source.max_samples, cache_dir)
+        return HubRows(find_on_hub(source.path), source.subset, source.split, source.max_samples, cache_dir)
     else:
         raise UserError(f"there is no file or directory {source.path}; correct the path.")
     files = tuple((file, _kind(file)) for file in _of_split(found, path, source))

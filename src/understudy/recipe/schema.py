@@ -67,7 +67,9 @@ class DataSource(Section):
     columns: dict[str, str] = Field(default_factory=dict)
     """Our field: their column."""
     split: str = "train"
-    """Split of a Hub data set."""
+    """Split of a Hub data set, or of a directory whose file names tell splits apart."""
+    subset: str | None = None
+    """Configuration of a Hub data set, where it has several."""
     max_samples: PositiveInt | None = None
     """Use only the first so many rows."""
     weight: Annotated[float, Field(gt=0.0)] = 1.0
