@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from understudy.data.builder import CacheWriter, TokenChunk, open_or_build
@@ -25,13 +25,14 @@ EOS, PAD, TURN_END, WORD = 1, 2, 3, 7
 
 def tokenizer() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<eos>", "<pad>", "<turn_end>", *"abcdefghijkl"])}
-    return PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
         unk_token="<unk>",
         eos_token="<eos>",
         pad_token="<pad>",
-        additional_special_tokens=["<turn_end>"],
     )
+    fast.add_tokens([AddedToken("<turn_end>", special=True)])  # a mark without a role, as Llama 3's end of turn
+    return fast
 
 
 def answers_that_end_with(token: int, tmp_path: Path) -> TokenCache:

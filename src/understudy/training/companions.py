@@ -15,7 +15,7 @@ from understudy.data.cache import TokenCache
 from understudy.models.architecture import load_config
 from understudy.recipe import schema
 
-__all__ = ["Companions", "make_companions"]
+__all__ = ["Companions", "make_companions", "special_ids"]
 
 EXAMINED_ANSWERS = 64
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -76,4 +76,12 @@ def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, 
 def _answer_ends(train: TokenCache, tokenizer: Any) -> set[int]:
     """The special tokens that answers end with, such as a chat template's end of turn."""
     answers = [prompt_and_answer(train, i)[1] for i in range(min(EXAMINED_ANSWERS, len(train.lengths)))]
-    return {int(answer[-1]) for answer in answers if len(answer)} & set(tokenizer.all_special_ids)
+    return {int(answer[-1]) for answer in answers if len(answer)} & special_ids(tokenizer)
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Tokens that are marks, not text: those with a role, and added ones such as Llama 3's end of turn, which has
+    none."""
+    return {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}.union(
+        tokenizer.all_special_ids
+    )

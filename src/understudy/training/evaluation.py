@@ -13,6 +13,7 @@ from understudy.contracts import Objective, Strategy
 from understudy.data.batching import evaluation_batches, prompt_and_answer
 from understudy.data.cache import TokenCache
 from understudy.parallel.world import World
+from understudy.training.companions import special_ids
 from understudy.training.generation import greedy_answers
 from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.metrics import evaluation_metrics
@@ -83,7 +84,7 @@ class Evaluator:
 def asked(tokenizer: Any, prompt: Sequence[int]) -> str:
     """What a prompt asks, to be shown: its last part between special tokens, without the header of the answer and the
     word `user` that many chat templates put around it. Without special tokens, all of it."""
-    special = set(tokenizer.all_special_ids)
+    special = special_ids(tokenizer)
     groups = [list(group) for is_special, group in groupby(prompt, special.__contains__) if not is_special]
     parts = [text for group in groups if (text := str(tokenizer.decode(group)).strip())]
     if len(parts) > 1:
