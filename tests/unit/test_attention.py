@@ -198,13 +198,24 @@ def test_full_checkpointing_repeats_matrix_products_and_selective_does_not(kind:
     assert calls == again * len(built.decoder_layers()) * len(documents())
 
 
-def test_compiled_layers_give_the_same_gradients(cache: Path) -> None:
+@pytest.mark.parametrize("kind", [None, "full", "selective"])
+def test_compiled_layers_give_the_same_gradients(kind: Any, cache: Path) -> None:
     built, _ = make_model("llama", cache)
     _, plain = gradients(built)
     names = [name for name, _ in built.named_parameters()]
-    for layer in built.decoder_layers():
-        layer.compile(backend="aot_eager", dynamic=True)
+    if kind is not None:
+        built.enable_activation_checkpointing(kind)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch.compiler.reset()
+    built.compile_layers(backend)
     _, compiled = gradients(built)
+    assert graphs > 0
     assert [name for name, _ in built.named_parameters()] == names
     for key, gradient in plain.items():
         torch.testing.assert_close(compiled[key], gradient, rtol=1e-5, atol=1e-6)

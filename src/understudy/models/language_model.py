@@ -5,6 +5,7 @@ Shape letters: T tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -102,10 +103,16 @@ class LanguageModel(nn.Module):
         enable = getattr(self.network, "_set_gradient_checkpointing")  # noqa: B009  # the only one that takes a function
         enable(enable=True, gradient_checkpointing_func=recompute)
 
-    def compile_layers(self) -> None:
-        """Compiles each decoder layer in place, names kept. One graph serves every length of micro-batch."""
+    def compile_layers(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compiles each decoder layer in place, names kept. One graph serves every length of micro-batch.
+
+        Layers that are checkpointed are compiled part by part: the compiler takes a checkpoint only whole, and
+        attention over documents is no part of a graph. Call it after `enable_activation_checkpointing`.
+        """
         for layer in self.decoder_layers():
-            layer.compile(dynamic=True)
+            checkpointed = getattr(layer, "gradient_checkpointing", False)
+            for module in layer.children() if checkpointed else (layer,):
+                module.compile(backend=backend, dynamic=True)
 
 
 _aten = torch.ops.aten
