@@ -16,15 +16,16 @@ class CUDA:
     fused_adamw = True
 
     def __init__(self) -> None:
-        self.compute_dtypes: tuple[torch.dtype, ...] = (
-            (torch.bfloat16, torch.float16, torch.float32)
-            if torch.cuda.is_bf16_supported(including_emulation=False)
-            else (torch.float16, torch.float32)
-        )
-        # Flash attention's kernels need Ampere (compute capability 8.0) or newer.
-        ampere = torch.cuda.get_device_capability()[0] >= 8
-        self.attention: DocumentAttention | None = VariableLengthAttention() if ampere else None
+        # Nothing here may ask the driver about a device: that opens a context on it, and the parent process of a run
+        # has no business on a GPU.
+        self.attention: DocumentAttention | None = VariableLengthAttention()
         self.flash_attention: DocumentAttention | None = FlashAttention() if FlashAttention.installed() else None
+
+    @property
+    def compute_dtypes(self) -> tuple[torch.dtype, ...]:
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return (torch.bfloat16, torch.float16, torch.float32)
+        return (torch.float16, torch.float32)
 
     @staticmethod
     def available() -> bool:

@@ -20,12 +20,15 @@ class Device(Protocol):
     """Collective backend for torch.distributed."""
     fused_adamw: bool
     """Whether torch.optim.AdamW(fused=True) has a kernel here."""
-    compute_dtypes: tuple[torch.dtype, ...]
-    """Dtypes that matrix products run in at full speed, the preferred one for training first."""
     attention: DocumentAttention | None
     """Variable-length attention of PyTorch or the vendor; None where attention runs document by document."""
     flash_attention: DocumentAttention | None
     """The flash-attn package's, where it is installed."""
+
+    @property
+    def compute_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes that matrix products run in at full speed, the preferred one for training first."""
+        ...
 
     def torch_device(self, local_rank: int) -> torch.device:
         """This process's device, made current."""

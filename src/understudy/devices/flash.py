@@ -15,8 +15,10 @@ _LARGEST_HEAD = 256
 
 
 def _fits(query: Tensor, value: Tensor) -> bool:
+    """The kernels are for half precision on Ampere (compute capability 8.0) or newer."""
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
+    recent = query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= 8
+    return half and recent and query.shape[-1] == value.shape[-1] <= _LARGEST_HEAD
 
 
 def _window(rule: AttentionRule) -> tuple[int, int]:
