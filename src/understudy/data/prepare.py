@@ -5,6 +5,7 @@ A second start with the same data finds the entry by its key and imports neither
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from understudy.data.formats.registry import formats
 from understudy.data.identity import FileDigests, cache_key, tokenizer_digest
 from understudy.data.sources import Rows, find_source
 from understudy.data.vocabulary import check_vocabulary
-from understudy.errors import UserError
+from understudy.errors import UnderstudyError, UserError
 from understudy.recipe.schema import DataSource, Recipe
 from understudy.recipe.source_map import SourceMap
 
@@ -55,6 +56,7 @@ def prepare_data(
     `vocab_size` is the model's, to refuse token ids that it has no embedding for. `report` takes lines for the user.
     Raises `UserError` with the file and line at fault, in the data or in the recipe. Called once, before processes.
     """
+    _refuse_inside_an_import()
     preparation = _Preparation(recipe, sources, tokenizer_dir, vocab_size, cache_dir, report)
     train = preparation.prepare(training_set(recipe))
     held_out = evaluation_set(recipe)
@@ -146,6 +148,12 @@ class _Preparation:
 
         filling = Filling(self.recipe, self.source_map, self.tokenizer_dir, self.vocab_size, self.report)
         return filling.fill(writer, wanted)
+
+
+def _refuse_inside_an_import() -> None:
+    """A worker imports the main script; one that prepares data at its top level would wait there for its own parent."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing.spawn asks it
+        raise UnderstudyError('put what prepares data under `if __name__ == "__main__":`; workers import this script.')
 
 
 def _template_identity(template: str | None, digest: FileDigests) -> str | None:
