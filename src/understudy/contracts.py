@@ -1,6 +1,7 @@
 """The types that the parts agree on: a micro-batch, a sum of losses, an objective, a strategy.
 
-Shape letters: T tokens of a flat micro-batch, D its documents, N its supervised positions, H hidden width, V vocabulary.
+Shape letters: T tokens of a flat micro-batch, D its documents, N its supervised positions, H hidden width,
+V vocabulary.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ __all__ = [
 
 
 class UnderstudyError(Exception):
-    """A failure whose message is a sentence for the user. `exit_status` is the process's status when it ends the run."""
+    """A failure whose message is a sentence for the user; `exit_status` is what the process then ends with."""
 
     exit_status = 1
 
@@ -41,7 +41,7 @@ class UserError(UnderstudyError):
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong with a recipe. `key` is its dotted path, such as `training.max_steps` or `data.train.0.path`."""
+    """One thing that is wrong with a recipe. `key` is its dotted path, such as `data.train.0.path`."""
 
     key: str
     message: str

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tests.distributed import scenario
+from torch import nn
 
+from tests.distributed import scenario
+from understudy.contracts import Batch, LossSum, Objective
 from understudy.devices.device import find_device
 from understudy.models.build import make_language_model
 from understudy.models.weights import WeightReader
@@ -20,6 +22,20 @@ from understudy.parallel.world import World, process_group
 from understudy.recipe.environment import process_environment
 from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
+
+
+class Poisoned:
+    """An objective whose gradient is not finite."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def prepare(self, batch: Batch) -> Batch:
+        return self.objective.prepare(batch)
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSum:
+        loss, num_tokens, metrics = self.objective.loss(model, batch)
+        return LossSum(loss * float("inf"), num_tokens, metrics)
 
 
 def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any]:
@@ -33,6 +49,12 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     )
     strategy.load_state(WeightReader(directory))
     objective = make_objective(recipe.objective)
+    if case["poisoned_steps"]:
+        for step in range(case["poisoned_steps"]):
+            batches = scenario.micro_batches(step, world.rank, world.size)
+            strategy.forward_backward(batches, Poisoned(objective), 1)
+            norm = strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)
+            assert not torch.isfinite(norm), f"norm {norm} of a gradient that is not finite"
     losses, norms = [], []
     for step in range(case["steps"]):
         count = scenario.num_supervised(scenario.global_batch(step))

@@ -58,7 +58,7 @@ def num_supervised(documents: list[Document]) -> int:
 
 
 def micro_batches(step: int, rank: int, world_size: int) -> list[Batch]:
-    """Documents dealt unevenly: rank 0 gets most, the last rank of four none at all; odd steps use two micro-batches."""
+    """Documents dealt unevenly: rank 0 gets most, the last of four ranks none; odd steps use two micro-batches."""
     shares = {1: [6], 2: [5, 1], 4: [3, 2, 1, 0]}[world_size]
     start = sum(shares[:rank])
     mine = global_batch(step)[start : start + shares[rank]]
@@ -71,7 +71,17 @@ def micro_batches(step: int, rank: int, world_size: int) -> list[Batch]:
 class Solution:
     losses: list[float]
     norms: list[float]
+    evaluation: float
+    """Of the first global batch, by the final weights."""
     weights: dict[str, torch.Tensor]
+
+
+def summed_loss(model: torch.nn.Module, documents: list[Document]) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for tokens, labels in documents:
+        logits = model(input_ids=tokens[None]).logits[0]
+        total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return total
 
 
 def solve(
@@ -90,14 +100,14 @@ def solve(
     for step in range(steps):
         documents = global_batch(step)
         count = num_supervised(documents)
-        total = torch.zeros((), dtype=torch.float64)
-        for tokens, labels in documents:
-            logits = model(input_ids=tokens[None]).logits[0]
-            total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        total = summed_loss(model, documents)
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
         torch_optimizer.step()
         torch_optimizer.zero_grad()
         losses.append(float(total.detach()) / count)
         norms.append(float(norm))
-    return Solution(losses, norms, {name: value.detach() for name, value in model.named_parameters()})
+    with torch.no_grad():
+        documents = global_batch(0)
+        evaluation = float(summed_loss(model, documents)) / num_supervised(documents)
+    return Solution(losses, norms, evaluation, {name: value.detach() for name, value in model.named_parameters()})

@@ -1,6 +1,7 @@
 """The gradient contract (P2): every strategy trains as transformers does in fp64 in one process.
 
-Uneven token counts, half of the labels masked, empty micro-batches, accumulation, clipping, decay, tied and untied heads.
+Uneven token counts, half of the labels masked, empty micro-batches, accumulation, clipping, decay, tied and untied
+heads, gradients that are not finite.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def keeps_optimizer_on_host(name: str) -> bool:
     return name in ("zero2-offload", "zero3-offload")
 
 
-def case(model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, **training: Any) -> dict[str, Any]:
+def case(
+    model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, *, poisoned_steps: int = 0, **training: Any
+) -> dict[str, Any]:
     parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
     recipe = {
         "name": "conformance",
@@ -57,7 +60,7 @@ def case(model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, **tr
         "training": {"precision": "fp32", "max_grad_norm": None, "activation_checkpointing": "none", **training},
         "parallel": parallel,
     }
-    return {"recipe": recipe, "model": str(model), "steps": steps}
+    return {"recipe": recipe, "model": str(model), "steps": steps, "poisoned_steps": poisoned_steps}
 
 
 @pytest.fixture(scope="module")
@@ -83,23 +86,29 @@ def assert_same_trajectory(seen: dict[str, Any], solution: scenario.Solution, lo
     steps = len(seen["losses"])
     assert seen["losses"] == pytest.approx(solution.losses[:steps], rel=loss)
     assert seen["norms"] == pytest.approx(solution.norms[:steps], rel=norm)
+    if steps == len(solution.losses):
+        assert seen["evaluation"] == pytest.approx(solution.evaluation, rel=loss)
 
 
 def assert_same_weights(file: Path, solution: scenario.Solution, tolerance: float) -> None:
     weights = load_file(file)
     assert weights.keys() == solution.weights.keys()
     for name, expected in solution.weights.items():
-        torch.testing.assert_close(weights[name].double(), expected, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weights[name].double(), expected, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
     strategy = STRATEGIES[name]
     cases = {"adamw": case(models[False], strategy, ADAMW, 4, max_grad_norm=0.5)}
-    cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5)
+    # Steps whose gradient is not finite come first and must leave no trace.
+    cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5, poisoned_steps=2)
     if not keeps_optimizer_on_host(name):
         cases["gradient"] = case(models[True], strategy, SGD, 1)
     for precision in low_precisions(name):
         cases[precision] = case(models[True], strategy, ADAMW, 3, precision=precision, max_grad_norm=0.5)
+    cases["bf16"]["poisoned_steps"] = 1
     return cases
 
 
@@ -131,3 +140,18 @@ def check(name: str, models: dict[bool, Path], tmp_path: Path, results: list[dic
 def test_conformance_at_two_processes(name: str, models: dict[bool, Path], tmp_path: Path) -> None:
     cases = cases_of(name, models)
     check(name, models, tmp_path, run_processes(WORKER, 2, tmp_path, {"cases": cases}))
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", {"kind": "fsdp", "sharding": "hybrid_shard"}, "zero2", "zero3"],
+    ids=["ddp", "fsdp-hybrid-shard", "zero2", "zero3"],
+)
+def test_conformance_at_four_processes_one_of_them_idle(
+    strategy: Any, models: dict[bool, Path], tmp_path: Path
+) -> None:
+    cases = {"tied": case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5)}
+    results = run_processes(WORKER, 4, tmp_path, {"cases": cases})
+    assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
+    assert_same_trajectory(results[0]["tied"], trajectory(models[True]), LOSS_TOLERANCE, NORM_TOLERANCE)
+    assert_same_weights(tmp_path / "tied.safetensors", trajectory(models[True]), 2e-4)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from understudy.checkpoint.ownership import assign_owners
 from understudy.checkpoint.safetensors_writer import SafetensorsWriter, spec_bytes
 from understudy.contracts import Strategy, TensorSpec
 
-__all__ = ["persistent_buffers", "save_model", "stored_spec"]
+__all__ = ["save_model", "stored_spec"]
 
 
 def save_model(
@@ -55,12 +55,6 @@ def save_model(
         partial.rename(directory)
         _sync(directory.parent)
     dist.barrier()
-
-
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of the buffers that belong to a model's weights on disk, by name. Few architectures have any."""
-    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    return {name: tensor.clone() for name, tensor in module.state_dict().items() if name not in parameters}
 
 
 def stored_spec(spec: TensorSpec, dtype: torch.dtype) -> TensorSpec:

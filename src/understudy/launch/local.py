@@ -40,13 +40,21 @@ class LocalLauncher:
 
 
 def launch_local(
-    arguments: tuple[str, ...], processes: int, directory: RunDirectory, cores: int, *, accelerated: bool
+    arguments: tuple[str, ...],
+    processes: int,
+    directory: RunDirectory,
+    cores: int,
+    *,
+    accelerated: bool,
+    console: bool = True,
 ) -> None:
     """Runs `arguments` in `processes` processes on this host until all have ended well.
+
+    Rank 0 speaks to our stdout unless `console` is false.
 
     Raises the failure that came first: `FailedRunError` with the failing process's exit status, `LostProcessError` when
     a process vanished; and `FailedRunError` with status 1 when a signal asked us to stop. No process is left behind.
     """
     with tempfile.TemporaryDirectory(prefix="understudy-") as private:
         cluster = Cluster(cores, accelerated, Path(private) / "rendezvous", chosen_threads())
-        run_processes(LocalLauncher().commands(RunSpec(arguments, processes), cluster), directory)
+        run_processes(LocalLauncher().commands(RunSpec(arguments, processes), cluster), directory, console=console)

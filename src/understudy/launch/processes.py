@@ -25,8 +25,9 @@ GRACE_SECONDS = 10.0
 STDOUT = 1
 
 
-def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory) -> None:
-    """Runs `commands` until all have ended with 0. Each one's output goes to its log; rank 0 gets our stdout too.
+def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, console: bool = True) -> None:
+    """Runs `commands` until all have ended with 0. Each one's output goes to its log; with `console`, rank 0 gets our
+    stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
     Raises what `first_failure` finds, or `FailedRunError` with status 1 when we got SIGINT or SIGTERM.
@@ -36,7 +37,7 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory) -> N
         started: list[subprocess.Popen[bytes]] = []
         try:
             for command in commands:
-                started.append(_start(command, directory))
+                started.append(_start(command, directory, console=console and command.rank == 0))
             exits = _watch(started, received)
         finally:
             _stop(started)
@@ -50,16 +51,16 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory) -> N
         raise first_failure(exits, causes, {rank: directory.log(rank) for rank in ranks})
 
 
-def _start(command: NodeCommand, directory: RunDirectory) -> subprocess.Popen[bytes]:
+def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
     with ExitStack() as stack:
         log = stack.enter_context(directory.log(command.rank).open("ab"))
         environment = {**command.environment, LAUNCHER_VARIABLE: str(os.getpid())}
         passed: tuple[int, ...] = ()
-        if command.rank == 0:
-            console = os.dup(STDOUT)
-            stack.callback(os.close, console)
-            passed = (console,)
-            environment[CONSOLE_VARIABLE] = str(console)
+        if console:
+            descriptor = os.dup(STDOUT)
+            stack.callback(os.close, descriptor)
+            passed = (descriptor,)
+            environment[CONSOLE_VARIABLE] = str(descriptor)
         return subprocess.Popen(
             command.arguments,
             env=child_environment(environment),

@@ -60,7 +60,7 @@ def _joined_deepspeed() -> Any:
 
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     deepspeed = _joined_deepspeed()
-    # DeepSpeed before 0.17 casts buffers too, which would round rotary frequencies to the compute dtype.
+    # DeepSpeed 0.14.4 casts buffers too, which would round rotary frequencies to the compute dtype.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     for name, buffer in buffers.items():
@@ -101,7 +101,7 @@ class ReplicatedEngine(TorchStrategy):
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def _step(self) -> None:
         self.engine.step()
@@ -155,17 +155,24 @@ class ZeroEngine(ModuleStrategy):
         return nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss)
+        self.engine.backward(loss, scale_wrt_gas=False)
 
     def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
         assert (max_norm or 0.0) == self.engine.gradient_clipping(), "the engine clips by its configuration"
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
-        # On an overflow, releases before 0.17 leave the norm of the step before.
         if getattr(self.engine.optimizer, "overflow", False):
+            self._forget_gradients()
+            # DeepSpeed 0.14.4 leaves the norm of the step before.
             return torch.tensor(float("inf"))
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
+
+    def _forget_gradients(self) -> None:
+        """With a host-side optimizer, DeepSpeed 0.19.8 keeps the gradient of a refused step and adds the next to it."""
+        kept = getattr(self.engine.optimizer, "averaged_gradients", {})
+        for group in kept:
+            kept[group] = None
 
     def layout(self) -> Mapping[str, TensorSpec]:
         return {name: spec_of(parameter) for name, parameter in self._named.items()}

@@ -14,15 +14,19 @@ __all__ = ["engine_config"]
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's own bucket size; a smaller model needs no larger bucket than itself."""
 
+ACCUMULATION = 2
+"""Any number above 1: with 1, DeepSpeed 0.14.4 leaves out its accumulation buffers for offloaded gradients."""
+
 
 def engine_config(
     recipe: Recipe, precision: Precision, *, world_size: int, hidden_size: int, num_parameters: int
 ) -> dict[str, Any]:
     """A complete DeepSpeed configuration without "auto".
 
-    Batch sizes are 1 an engine call: micro-batches are flat token streams whose number changes from step to step, and
-    the strategy marks the last one itself. Stage 0 runs the engine in fp32 over cast weights (see `precision.compute_in`)
-    and clips outside of it, since its own bf16 mode would accumulate gradients in bf16.
+    Micro-batches are flat token streams whose number changes from step to step; the strategy marks the last one itself
+    and scales the loss itself, so the engine's batch sizes only have to tell it that it accumulates. Stage 0 runs the
+    engine in fp32 over cast weights (see `precision.compute_in`) and clips outside of it, since its own bf16 mode would
+    accumulate gradients in bf16.
     """
     settings = recipe.strategy
     assert isinstance(settings, DeepSpeed)
@@ -31,9 +35,9 @@ def engine_config(
     for section in ("optimizer", "scheduler"):
         config.pop(section, None)  # equal to the recipe's, or a rule would have refused the file
     config.update(
-        train_batch_size=world_size,
+        train_batch_size=ACCUMULATION * world_size,
         train_micro_batch_size_per_gpu=1,
-        gradient_accumulation_steps=1,
+        gradient_accumulation_steps=ACCUMULATION,
         gradient_clipping=(recipe.training.max_grad_norm or 0.0) if stage > 0 else 0.0,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,
@@ -51,7 +55,7 @@ def engine_config(
             if target == "nvme":
                 zero[key].setdefault("nvme_path", settings.nvme_path)
     _fill_automatic_sizes(zero, hidden_size)
-    return _without_auto(config)
+    return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
 
 
 def _set_precision(config: dict[str, Any], precision: str) -> None:

@@ -44,7 +44,7 @@ class _Cast(nn.Module):
 
 
 def compute_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Makes `module` compute in `dtype` while its parameters keep theirs, and gradients arrive in the parameters' dtype.
+    """Makes `module` compute in `dtype` while its parameters, and the gradients they get, keep their own.
 
     Each use of a weight casts it anew, through PyTorch's parametrization, so recomputation under activation
     checkpointing casts again and keeps nothing. Unlike autocast this also holds the residual stream in `dtype`, which

@@ -75,20 +75,27 @@ class TorchStrategy(ModuleStrategy):
     @torch.no_grad()
     def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._parameters().items():
-            full = parameter.to(self.device).full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            whole = _gathered(parameter, self.device)
             if owner(name) == self.world.rank:
-                yield name, full.cpu()
+                yield name, whole.cpu()
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _gathered(parameter: Tensor, device: torch.device) -> Tensor:
+    """The whole tensor; shards kept in host memory travel over the device."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    moved = parameter.detach().to(device)
+    assert isinstance(moved, DTensor)
+    return moved.full_tensor()
+
+
 def _held(parameter: Tensor) -> tuple[slice, ...]:
     """The part of the whole that this rank holds."""
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     return tuple(slice(start, start + size) for start, size in zip(offset, shape))

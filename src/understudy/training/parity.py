@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from understudy.devices.detect import detect_machine
@@ -83,7 +82,7 @@ def compare_strategies(
     steps: int,
     report: Callable[[str], None],
 ) -> Iterator[tuple[Difference, Tolerance]]:
-    """Trains `steps` steps of `recipe` in one process, then under each strategy in `processes`, and yields how far apart
+    """Trains `steps` steps of `recipe` in one process, then under each strategy in `processes`; yields how far apart
     they are. Everything runs as `train` does, in temporary directories. Raises `UserError` when a strategy cannot run
     the recipe, before any has run."""
     machine = detect_machine()
@@ -116,7 +115,8 @@ def _run(job: Job, recipe: Recipe, path: Path, machine: Machine) -> _Run:
     write_job(directory.job, replace(job, recipe=recipe, run_directory=path, evaluation=None))
     arguments = (sys.executable, "-m", "understudy.training.worker", str(path))
     assert isinstance(recipe.cluster.processes, int)
-    launch_local(arguments, recipe.cluster.processes, directory, machine.cores, accelerated=machine.accelerated)
+    processes = recipe.cluster.processes
+    launch_local(arguments, processes, directory, machine.cores, accelerated=machine.accelerated, console=False)
     rows = [json.loads(line) for line in directory.metrics.read_text(encoding="utf-8").splitlines()]
     return _Run([row["loss"] for row in rows], [row["grad_norm"] for row in rows], directory.model)
 
@@ -149,5 +149,3 @@ def _weight_differences(model: Path, reference: Path, initial: Path) -> tuple[fl
         way += float((one - before(name)[:].double()).square().sum())
         largest = max(largest, float(apart.abs().max()))
     return distance**0.5, way**0.5, largest
-
-

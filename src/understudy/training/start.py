@@ -37,9 +37,9 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
     machine = detect_machine()
     asked = recipe.cluster.processes
     processes = max(1, machine.devices) if asked == "auto" else asked
-    resolved = _resolved(recipe, sources, machine, processes)
+    resolved, choices = _resolved(recipe, sources, machine, processes)
     with claim_run_directory(Path(resolved.output_dir), sources, overwrite=overwrite) as claim:
-        _prepare(resolved, sources, claim, say)
+        _prepare(resolved, choices, sources, claim, say)
         arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
         try:
             launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
@@ -58,12 +58,12 @@ def start_as_worker(
     from understudy.training.prepare import prepare_job
     from understudy.training.worker import run_worker
 
-    resolved = _resolved(recipe, sources, detect_machine(), environment.world_size)
+    resolved, choices = _resolved(recipe, sources, detect_machine(), environment.world_size)
     with ExitStack() as stack:
         if environment.rank == 0:
             path = Path(resolved.output_dir)
             claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite))
-            job = _prepare(resolved, sources, claim, say)
+            job = _prepare(resolved, choices, sources, claim, say)
             console = open_console(STDOUT)
         else:
             job = prepare_job(resolved, sources, lambda _: None).job
@@ -73,12 +73,14 @@ def start_as_worker(
         run_worker(job, environment, console, entered=lambda: _send_output_to(log), say_error=_error_speaker())
 
 
-def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> Recipe:
+def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
     check_processes(recipe, processes, sources)
-    return resolve(recipe, machine, processes)[0]
+    return resolve(recipe, machine, processes)
 
 
-def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Job:
+def _prepare(
+    recipe: Recipe, choices: tuple[str, ...], sources: SourceMap, claim: Claim, say: Callable[[str], None]
+) -> Job:
     """Prepares the job, says what is going to happen, and begins the run: nothing was written before."""
     from understudy.training.job import write_job
     from understudy.training.prepare import prepare_job
@@ -87,7 +89,7 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
     require_space(claim.directory.path, prepared.model_bytes + SMALL_FILES_BYTES, "the run", sources)
     directory = claim.begin(dump_recipe(recipe))
     write_job(directory.job, prepared.job)
-    say(opening_lines(prepared))
+    say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
     return prepared.job
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.checkpoint.export import persistent_buffers, save_model
+from understudy.checkpoint.export import save_model
 from understudy.contracts import Strategy
 from understudy.data.batching import TrainingData
 from understudy.data.cache import TokenCache
@@ -113,7 +113,8 @@ def _train_and_save(
     recipe, directory = job.recipe, RunDirectory(job.run_directory)
     torch.use_deterministic_algorithms(recipe.training.deterministic)
     model = make_language_model(job.model_directory, recipe.model, device)
-    buffers = persistent_buffers(model.network)
+    # Copies: strategies move and replace the module's own.
+    buffers = {name: buffer.clone() for name, buffer in model.persistent_buffers().items()}
     strategy = _loaded_strategy(job, model, device, torch_device, world)
     tokenizer = load_tokenizer(
         job.tokenizer_directory, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
