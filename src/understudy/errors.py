@@ -24,19 +24,24 @@ class UnderstudyError(Exception):
 
 
 class UserError(UnderstudyError):
-    """Wrong input. `message` says what is wrong and what to do; `file` and `line` (from 1) say where, when known."""
+    """Wrong input. `message` says what is wrong and what to do; `file` and `line` (from 1) say where, when known.
+
+    `key` is the recipe's key that is to blame, where only the raiser knows it and only the catcher knows its line.
+    """
 
     exit_status = 2
 
-    def __init__(self, message: str, *, file: str | Path | None = None, line: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, file: str | Path | None = None, line: int | None = None, key: str | None = None
+    ) -> None:
         self.message = message
         self.file = None if file is None else str(file)
         self.line = line
+        self.key = key
         super().__init__(message)
 
     def __str__(self) -> str:
-        where = "" if self.file is None else self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{where}: {self.message}" if where else self.message
+        return _one_line(self.message, self.file, self.line)
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,7 @@ class Violation:
     line: int | None = None
 
     def __str__(self) -> str:
-        where = "" if self.file is None else self.file if self.line is None else f"{self.file}:{self.line}"
-        return f"{where}: {self.message}" if where else self.message
+        return _one_line(self.message, self.file, self.line)
 
 
 class RecipeError(UserError):
@@ -81,3 +85,10 @@ class LostProcessError(UnderstudyError):
     """A process or host died; the message names the rank and the cause."""
 
     exit_status = 5
+
+
+def _one_line(message: str, file: str | None, line: int | None) -> str:
+    """Place and message. What a user's names and values bring along must not break the line or steer the terminal."""
+    where = "" if file is None else file if line is None else f"{file}:{line}"
+    text = f"{where}: {message}" if where else message
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

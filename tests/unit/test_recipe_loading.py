@@ -167,8 +167,8 @@ def test_remote_code_is_honoured_from_the_command_line_only(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "name", "message"),
     [
-        ("", "r.yaml", "r.yaml:1: the recipe is empty."),
-        (" \n\t\n", "r.yaml", "r.yaml:1: the recipe is empty."),
+        ("", "r.yaml", "r.yaml:1: the recipe is empty; check the path."),
+        (" \n\t\n", "r.yaml", "r.yaml:1: the recipe is empty; check the path."),
         ("# nothing", "r.yaml", "r.yaml:1: a recipe is a mapping of keys; begin with `model:`, `data:`."),
         ("- a\n- b", "r.yaml", "r.yaml:1: a recipe is a mapping of keys"),
         (b"model:\n  path: \xff\xfe", "r.yaml", "r.yaml:2: the recipe is not UTF-8 text; save it as UTF-8."),

@@ -20,12 +20,13 @@ def parse_json(text: str, file: str) -> tuple[Any, dict[str, int]]:
         lines: dict[str, int] = {}
         _Scanner(text, file, lines).scan(0, "")
     except json.JSONDecodeError as error:
-        message = f"not valid JSON: {error.msg.lower()} at column {error.colno}; correct this line."
+        problem = error.msg.lower().removesuffix(" at")
+        message = f"not valid JSON: {problem} at column {error.colno}; correct this line."
         raise UserError(message, file=file, line=error.lineno) from error
     except RecursionError as error:
         raise UserError("mappings are nested too deeply to be read.", file=file) from error
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}", file=file) from error
+    except ValueError as error:  # int() refuses more than 4,300 digits, and does not say where
+        raise UserError("a number in it has too many digits to be read; shorten it.", file=file) from error
     return value, lines
 
 

@@ -40,6 +40,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Sour
     source = SourceMap(str(path), lines, frozenset(overridden))
     values.setdefault("name", path.stem)
     values.setdefault("output_dir", f"runs/{values['name']}")
+    if unwritable := [source.violation(key, message) for key, message in _unwritable_text(values, "")]:
+        raise RecipeError(unwritable)
     violations = list(_refuse_remote_code(values, source))
     try:
         recipe = Recipe.model_validate(values)
@@ -68,6 +70,19 @@ def _let_command_line_set_the_length(values: dict[str, Any], keys: Sequence[str]
     for given, other in (pair, pair[::-1]):
         if f"training.{given}" in keys and f"training.{other}" not in keys and isinstance(training, dict):
             training.pop(other, None)
+
+
+def _unwritable_text(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """Texts that neither a file's name nor a UTF-8 file can hold, as escapes and the command line can give them."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _unwritable_text(name, f"{key}.{name}" if key else name)
+            yield from _unwritable_text(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _unwritable_text(inner, f"{key}.{number}")
+    elif isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
+        yield key, f"{value[:40]!r} holds a NUL or half a surrogate pair, which is no character; remove it."
 
 
 def _refuse_remote_code(values: dict[str, Any], source: SourceMap) -> Iterator[Violation]:

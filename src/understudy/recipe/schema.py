@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from understudy.recipe.presets import expand_kind, expand_strategy
 
@@ -32,6 +32,9 @@ __all__ = [
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+# Past these bounds a number is a slip of the hand, and would overflow or exhaust the machine far from where it stands.
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Processes = Annotated[int, Field(gt=0, le=1024)]
 
 
 class Section(BaseModel):
@@ -70,9 +73,9 @@ class DataSource(Section):
     """Split of a Hub data set, or of a directory whose file names tell splits apart."""
     subset: str | None = None
     """Configuration of a Hub data set, where it has several."""
-    max_samples: PositiveInt | None = None
+    max_samples: Count | None = None
     """Use only the first so many rows."""
-    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    weight: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
     """How often an epoch holds each example: 2.0 twice, 0.5 half of them, another half each epoch."""
 
 
@@ -83,7 +86,7 @@ class Data(Section):
     """Where the evaluation examples come from."""
     eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Take this much of the training data for evaluation instead, the same examples each time."""
-    max_length: Annotated[int, Field(ge=2)] = 2048
+    max_length: Annotated[int, Field(ge=2, lt=2**31)] = 2048
     """Longest example, in tokens."""
     overflow: Literal["truncate", "drop", "split"] = "truncate"
     """What happens to a longer one."""
@@ -91,7 +94,7 @@ class Data(Section):
     """A Jinja string or file; the tokenizer's own when left out."""
     train_on_prompt: bool = False
     """Supervise every token, not only what the assistant says."""
-    num_workers: PositiveInt | Literal["auto"] = "auto"
+    num_workers: Processes | Literal["auto"] = "auto"
     """Processes that tokenise."""
 
 
@@ -128,18 +131,18 @@ class Schedule(Section):
     """Share of the steps in the last phase of `wsd`."""
     gamma: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Factor of `step`."""
-    step_epochs: PositiveInt = 1
+    step_epochs: Count = 1
     """Epochs between two factors of `step`."""
 
 
 class Training(Section):
-    epochs: Annotated[float, Field(gt=0.0)] = 3
+    epochs: Annotated[float, Field(gt=0.0, le=100_000.0)] = 3
     """Passes over the training data; ignored when `max_steps` is given."""
-    max_steps: PositiveInt | None = None
+    max_steps: Count | None = None
     """Optimizer steps, over as many epochs as they take."""
-    global_batch_size: PositiveInt = 32
+    global_batch_size: Count = 32
     """Examples a step, over all devices."""
-    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    micro_batch_tokens: Count | Literal["auto"] = "auto"
     """Most tokens a device holds at once."""
     max_grad_norm: Annotated[float, Field(gt=0.0)] | None = 1.0
     """Clip the global gradient norm to this."""
@@ -185,21 +188,21 @@ Strategy = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")]
 
 
 class Parallel(Section):
-    replicate: PositiveInt = 1
+    replicate: Count = 1
     """Groups that hold a full copy each, for `hybrid_shard`."""
 
 
 class Evaluation(Section):
-    every: Annotated[int, Field(gt=0)] | OpenFraction | None = None
+    every: Count | OpenFraction | None = None
     """Steps, or a fraction of the run, between evaluations; only at the end when left out."""
-    max_batches: PositiveInt | None = None
+    max_batches: Count | None = None
     """Evaluate on at most so many micro-batches a process."""
-    samples: Annotated[int, Field(ge=0)] = 0
+    samples: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """Answer so many evaluation prompts greedily, before training and at each evaluation, and count exact matches."""
 
 
 class Logging(Section):
-    every: PositiveInt = 1
+    every: Count = 1
     """Steps between logged rows."""
     sinks: Annotated[tuple[Literal["console", "jsonl", "tensorboard"], ...], Field(strict=False)] = (
         "console",
@@ -210,7 +213,7 @@ class Logging(Section):
 
 
 class Cluster(Section):
-    processes: PositiveInt | Literal["auto"] = "auto"
+    processes: Processes | Literal["auto"] = "auto"
     """Processes to start: one a device, or one on a machine without."""
 
 

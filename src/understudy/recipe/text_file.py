@@ -27,5 +27,5 @@ def read_text(path: Path, what: str) -> str:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"the {what} is not UTF-8 text; save it as UTF-8.", file=path, line=line) from error
     if not text.strip():
-        raise UserError(f"the {what} is empty.", file=path, line=1)
+        raise UserError(f"the {what} is empty; check the path.", file=path, line=1)
     return text

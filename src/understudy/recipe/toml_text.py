@@ -33,8 +33,8 @@ def parse_toml(text: str, file: str) -> tuple[Any, dict[str, int]]:
         raise UserError(f"not valid TOML: {message.lower()}; correct this line.", file=file, line=line) from error
     except RecursionError as error:
         raise UserError("mappings are nested too deeply to be a recipe.", file=file) from error
-    except ValueError as error:
-        raise UserError(f"not valid TOML: {error}", file=file) from error
+    except ValueError as error:  # int() refuses more than 4,300 digits, and does not say where
+        raise UserError("a number in it has too many digits to be read; shorten it.", file=file) from error
     return _without_dates(value), _find_lines(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -42,7 +43,8 @@ _EXPECTED = {
     "union_tag_invalid": "{expected_tags}",
 }
 
-_NO_VALUE = object()
+_MOST_VIOLATIONS = 100
+"""More are no help, and finding what each was meant to be takes time."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -52,16 +54,21 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def translate(error: ValidationError, values: Mapping[str, Any], source: SourceMap) -> list[Violation]:
-    """One violation for each key of `values` that the schema refuses, in the file's order."""
+    """One violation for each key of `values` that the schema refuses, in the file's order; past `_MOST_VIOLATIONS`,
+    one that counts the rest."""
     complaints: dict[tuple[str, ...], list[ErrorDetails]] = {}
     for complaint in error.errors(include_url=False):
         complaints.setdefault(_key(complaint, values), []).append(complaint)
-    violations = [
-        source.violation(".".join(key), _sentence(key, details, values))
-        for key, details in complaints.items()
-        if not _explained_inside(key, complaints)
-    ]
-    return sorted(violations, key=lambda violation: violation.line or 0)
+    holders = {key[:end] for key in complaints for end in range(len(key))}
+    # A mapping that is neither `auto` nor right is complained about as a whole too; the complaint inside says more.
+    keys = [key for key in complaints if key not in holders]
+    keys.sort(key=lambda key: source.locate(".".join(key))[1] or 0)
+    shown, others = keys[:_MOST_VIOLATIONS], keys[_MOST_VIOLATIONS:]
+    violations = [source.violation(".".join(key), _sentence(key, complaints[key], values)) for key in shown]
+    if others:
+        message = f"{len(others):,} more keys are wrong from here on; correct those above first."
+        violations.append(source.violation(".".join(others[0]), message))
+    return violations
 
 
 def _key(details: ErrorDetails, values: Any) -> tuple[str, ...]:
@@ -77,11 +84,6 @@ def _key(details: ErrorDetails, values: Any) -> tuple[str, ...]:
             continue
         key.append(str(part))
     return tuple(key)
-
-
-def _explained_inside(key: tuple[str, ...], complaints: Iterable[tuple[str, ...]]) -> bool:
-    """A mapping that is neither `auto` nor right is complained about as a whole too; the complaint inside says more."""
-    return any(len(other) > len(key) and other[: len(key)] == key for other in complaints)
 
 
 def _sentence(key: tuple[str, ...], details: list[ErrorDetails], values: Mapping[str, Any]) -> str:
@@ -134,7 +136,7 @@ def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> str:
     where = f" in {_quoted(parent)}" if parent else ""
     if near := nearest(name, known):
         return f"unknown key {_quoted(name)}{where}; did you mean `{near}`?"
-    if elsewhere := next((path for path in _all_keys(Recipe) if path.endswith(f".{name}")), None):
+    if elsewhere := next((path for path in _all_keys() if path.endswith(f".{name}")), None):
         return f"unknown key {_quoted(name)}{where}; did you mean `{elsewhere}`?"
     return f"unknown key {_quoted(name)}{where}; known there: {', '.join(known)}."
 
@@ -165,11 +167,16 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections(argument)
 
 
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+@functools.cache
+def _all_keys() -> tuple[str, ...]:
+    return tuple(_keys_of(Recipe, ""))
+
+
+def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
         for inner in _sections(field.rebuild_annotation()):
-            yield from _all_keys(inner, f"{prefix}{name}.")
+            yield from _keys_of(inner, f"{prefix}{name}.")
 
 
 def _lookup(key: Iterable[str], values: Any) -> Any:

@@ -13,6 +13,7 @@ __all__ = ["CoreDumper", "parse_scalar", "parse_yaml"]
 
 _TAG = "tag:yaml.org,2002:"
 _NULL, _BOOL, _INT, _FLOAT, _STR = (_TAG + kind for kind in ("null", "bool", "int", "float", "str"))
+_MAP, _SEQ = _TAG + "map", _TAG + "seq"
 
 # The core schema of YAML 1.2 (section 10.3.2): tag, pattern, first characters. The first that matches wins.
 _CORE_SCHEMA: tuple[tuple[str, str, str], ...] = (
@@ -95,15 +96,24 @@ def parse_scalar(text: str) -> Any:
 def _scalar(tag: str, text: str) -> Any:
     if tag == _NULL:
         return None
-    if tag == _BOOL:
-        return {"true": True, "false": False}[text.lower()]
-    if tag == _INT:
-        return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
-    if tag == _FLOAT:
-        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if tag == _STR:
         return text
-    raise ValueError(f"the tag {tag!r} means nothing in a recipe")
+    if tag not in (_BOOL, _INT, _FLOAT):
+        raise ValueError(_meaningless(tag))
+    try:
+        if tag == _BOOL:
+            return {"true": True, "false": False}[text.lower()]
+        if tag == _INT:
+            return int(text, {"0x": 16, "0o": 8}.get(text[:2], 10))
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    except (ValueError, KeyError):
+        if text.lstrip("+-").isdecimal():  # int() refuses more than 4,300 digits
+            raise ValueError(f"it has {len(text):,} digits, too many for a number") from None
+        raise ValueError(f"it is no {tag.removeprefix(_TAG)}") from None
+
+
+def _meaningless(tag: str) -> str:
+    return f"the tag {tag.replace(_TAG, '!!')} means nothing in a recipe; remove it"
 
 
 class _Builder:
@@ -121,14 +131,16 @@ class _Builder:
         if self.values > _MOST_VALUES:
             raise self._error(node, f"this holds more than {_MOST_VALUES} values, too many for a recipe.")
         inside = ancestors | {id(node)}
+        if isinstance(node, yaml.CollectionNode) and node.tag not in (_MAP, _SEQ):
+            raise self._error(node, f"{_meaningless(node.tag)}.")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, key, inside)
         if isinstance(node, yaml.SequenceNode):
             return [self._item(child, f"{key}.{i}" if key else str(i), inside) for i, child in enumerate(node.value)]
         try:
             return _scalar(node.tag, node.value)
-        except (ValueError, KeyError) as error:
-            raise self._error(node, f"{node.value[:40]!r} cannot be read: {error}") from error
+        except ValueError as error:
+            raise self._error(node, f"{node.value[:40]!r} cannot be read: {error}.") from error
 
     def _item(self, node: yaml.Node, key: str, ancestors: frozenset[int]) -> Any:
         self.lines[key] = node.start_mark.line + 1
@@ -140,6 +152,8 @@ class _Builder:
             if not isinstance(name_node, yaml.ScalarNode):
                 raise self._error(name_node, "a key must be a single word, not a list or a mapping.")
             name = str(name_node.value)
+            if name == "<<" and name_node.style is None:
+                raise self._error(name_node, "YAML 1.2 has no merge keys (<<); write the keys out.")
             child = f"{key}.{name}" if key else name
             if name in values:
                 first = self.lines[child]
