@@ -18,7 +18,7 @@ from benchmarks.table import GIBIBYTE, Row, print_table
 __all__ = ["compare"]
 
 VOCABULARIES = (49_152, 128_256)
-TOKENS = 1024
+TOKENS = 512
 WIDTH = 576
 REPETITIONS = 3
 
