@@ -118,9 +118,9 @@ def test_a_broken_configuration_is_named(text: str, tmp_path: Path) -> None:
         ({"hidden_size": 8}, "names no model_type"),
         ({"model_type": "lama"}, "did you mean 'llama'"),
         ({"model_type": "llama", "hiden_size": 8}, "hiden_size is no field of llama; did you mean 'hidden_size'"),
-        ({"model_type": "llama", "hidden_size": "wide"}, "describes no"),
-        (CONFIGS["llama"] | {"model_type": "llama", "num_attention_heads": 3}, "describes no"),
-        (CONFIGS["gemma2"] | {"model_type": "gemma2", "layer_types": ["full_attention"]}, "describes no"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "can build no"),
+        (CONFIGS["llama"] | {"model_type": "llama", "num_attention_heads": 3}, "can build no"),
+        (CONFIGS["gemma2"] | {"model_type": "gemma2", "layer_types": ["full_attention"]}, "can build no"),
         ({"model_type": "vit"}, "vit is no causal language model"),
     ],
 )
@@ -175,8 +175,24 @@ def test_a_chat_template_replaces_the_tokenizers_own(tmp_path: Path) -> None:
     assert load_tokenizer(directory).chat_template == "own {{ messages }}"
     assert load_tokenizer(directory, "text {{ messages }}").chat_template == "text {{ messages }}"
     assert load_tokenizer(directory, str(file)).chat_template == "file {{ messages }}"
-    with pytest.raises(UserError, match="neither a file nor a Jinja template"):
+    with pytest.raises(UserError, match="no file, no Jinja string and no template of the tokenizer"):
         load_tokenizer(directory, "chatml")
+
+
+def test_one_of_several_chat_templates_is_chosen_by_name(tmp_path: Path) -> None:
+    directory = make_tokenizer(tmp_path / "tokenizer")
+    named = [{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert load_tokenizer(directory, "rag").chat_template == "b"
+    with pytest.raises(UserError, match="its templates are default, rag"):
+        load_tokenizer(directory, "tool_use")
+
+
+def test_a_directory_has_no_revisions(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a directory, which has no revisions") as caught:
+        model_directory(Model(path=str(tmp_path), revision="main"))
+    assert caught.value.key == "model.revision"
 
 
 @pytest.mark.parametrize("text", ["{", "{}"])

@@ -77,6 +77,19 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         [{"model": RANDOM}],
     ),
     (
+        "a_revision_is_of_something_on_the_hub",
+        [("model.revision", {"model": {**RANDOM, "revision": "main"}})],
+        [{"model": {"path": "m", "revision": "main"}}],
+    ),
+    (
+        "every_source_has_a_path",
+        [
+            ("data.train.0.path", {"data.train": [{"path": ""}]}),
+            ("data.eval.0.path", {"data.train": [{"path": "a"}], "data.eval": [{"path": " "}]}),
+        ],
+        [{"data.train": [{"path": "a"}], "data.eval": [{"path": "b"}]}],
+    ),
+    (
         "a_micro_batch_holds_the_longest_example",
         [("training.micro_batch_tokens", {"training.micro_batch_tokens": 99, "data.max_length": 100})],
         [{"training.micro_batch_tokens": 100, "data.max_length": 100}, {"training.micro_batch_tokens": "auto"}],

@@ -100,7 +100,6 @@ class _Set:
 
 def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dict[str, _Set]]:
     """The recipe, its tokenizer's directory, and its sets by name."""
-    from understudy.errors import UserError
     from understudy.recipe.environment import cache_directory
     from understudy.recipe.load import load_recipe
 
@@ -110,11 +109,10 @@ def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dic
     from understudy.data.prepare import prepare_data
     from understudy.models.source import read_config, tokenizer_directory
 
-    try:
+    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer_dir = tokenizer_directory(recipe.model)
+    with sources.placing("model.path"):
         config = read_config(recipe.model)
-    except UserError as error:
-        raise error if error.file else sources.error("model.path", error.message) from error
     prepared = prepare_data(
         recipe,
         sources,

@@ -62,11 +62,9 @@ class Filling:
         return {**statistics.as_json(), "tokenizer_vocabulary": settings.vocabulary}
 
     def _settings(self) -> TokeniserSettings:
-        try:
+        key = tokenizer_key(self.recipe) if self.recipe.data.chat_template is None else "data.chat_template"
+        with self.source_map.placing(key):
             settings = tokeniser_settings(self.recipe, self.tokenizer_dir)
-        except UserError as error:
-            key = tokenizer_key(self.recipe) if self.recipe.data.chat_template is None else "data.chat_template"
-            raise error if error.file else self.source_map.error(key, error.message) from error
         self._check_vocabulary(settings, -1)
         return settings
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.data.cache import FORMAT_VERSION
+from understudy.errors import UserError
 
 __all__ = ["FileDigests", "cache_key", "tokenizer_digest"]
 
@@ -60,9 +61,12 @@ class FileDigests:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    try:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"the file cannot be read ({error.strerror}); check its permissions.", file=path) from error
     return digest.hexdigest()
 
 

@@ -74,6 +74,7 @@ def _value(name: str, text: str, at: int) -> tuple[Any, int]:
 def _cut_off(name: str, text: str, at: int, problem: str) -> UserError:
     line = text.count("\n", 0, at) + 1
     ends = not text[at:].strip() or problem.startswith("Unterminated string")
+    problem = problem.removesuffix(" starting at")
     what = "the file ends in the middle of its JSON" if ends else "the file is not valid JSON"
     return UserError(f"{what} ({problem}); repair it or fetch it again.", file=name, line=line)
 

@@ -17,15 +17,14 @@ from understudy.data.column_names import check_columns
 from understudy.data.example_set import ExampleSet, evaluation_set, training_set
 from understudy.data.formats.registry import formats
 from understudy.data.identity import FileDigests, cache_key, tokenizer_digest
-from understudy.data.sources import Rows, find_source
+from understudy.data.sources import Rows, SourceFiles, find_source
 from understudy.data.vocabulary import check_vocabulary
 from understudy.errors import UnderstudyError, UserError
 from understudy.recipe.schema import DataSource, Recipe
 from understudy.recipe.source_map import SourceMap
+from understudy.recipe.text_file import file_named
 
 __all__ = ["PreparedData", "prepare_data", "prepare_evaluation_data"]
-
-_LONGEST_PATH = 1024
 
 Report = Callable[[str], None]
 
@@ -114,33 +113,41 @@ class _Preparation:
     def _find(self, source: DataSource, key: str) -> Rows:
         if source.format != "auto":
             check_columns(formats()[source.format], source.columns, key, self.source_map)
-        try:
-            return find_source(source, cache_dir=self.cache_dir)
-        except UserError as error:
-            raise error if error.file else self.source_map.error(f"{key}.path", error.message) from error
-        except OSError as error:  # such as a name too long, or a directory that may not be listed
-            words = error.strerror or str(error)
-            raise self.source_map.error(f"{key}.path", f"{source.path:.100} cannot be read ({words}).") from error
+        with self.source_map.placing(f"{key}.path"):
+            try:
+                found = find_source(source, cache_dir=self.cache_dir)
+            except OSError as error:  # such as a name too long, or a directory that may not be listed
+                words = error.strerror or str(error)
+                raise UserError(f"{source.path:.100} cannot be read ({words}); correct the path.") from error
+        if isinstance(found, SourceFiles):
+            self._refuse_unread_fields(source, key)
+        return found
+
+    def _refuse_unread_fields(self, source: DataSource, key: str) -> None:
+        """Files have no configurations, and only a directory's may belong to splits."""
+        if source.subset is not None:
+            raise self.source_map.error(f"{key}.subset", f"{source.path} is no Hub data set; remove `subset`.")
+        if source.split != "train" and not Path(source.path).expanduser().is_dir():
+            raise self.source_map.error(
+                f"{key}.split", f"{source.path} names files itself; remove `split`, or name their directory."
+            )
 
     def _key(self, wanted: ExampleSet) -> str:
         data, digest = self.recipe.data, FileDigests(self.cache_dir / "digests")
-        try:
-            return cache_key(
-                {
-                    "sources": [
-                        [rows.identity(digest), source.format, dict(source.columns), source.max_samples]
-                        for source, rows in zip(wanted.sources, wanted.found)
-                    ],
-                    "share": [wanted.share.side, wanted.share.fraction, wanted.share.seed],
-                    "tokenizer": tokenizer_digest(self.tokenizer_dir, digest),
-                    "chat_template": _template_identity(data.chat_template, digest),
-                    "max_length": data.max_length,
-                    "overflow": data.overflow,
-                    "train_on_prompt": data.train_on_prompt,
-                }
-            )
-        except PermissionError as error:
-            raise UserError("the file cannot be read; correct its permissions.", file=error.filename) from error
+        return cache_key(
+            {
+                "sources": [
+                    [rows.identity(digest), source.format, dict(source.columns), source.max_samples]
+                    for source, rows in zip(wanted.sources, wanted.found)
+                ],
+                "share": [wanted.share.side, wanted.share.fraction, wanted.share.seed],
+                "tokenizer": tokenizer_digest(self.tokenizer_dir, digest),
+                "chat_template": _template_identity(data.chat_template, digest),
+                "max_length": data.max_length,
+                "overflow": data.overflow,
+                "train_on_prompt": data.train_on_prompt,
+            }
+        )
 
     def _fill(self, writer: CacheWriter, wanted: ExampleSet) -> Mapping[str, Any]:
         # Imported only where something must be built: it brings the tokenizer library, transformers and Jinja.
@@ -157,11 +164,9 @@ def _refuse_inside_an_import() -> None:
 
 
 def _template_identity(template: str | None, digest: FileDigests) -> str | None:
-    """A template file's digest, or the template itself; as `understudy.models.tokenizer` tells the two apart."""
-    if template is None or "{" in template or len(template) > _LONGEST_PATH:
-        return template
-    file = Path(template).expanduser()
-    return digest(file) if file.is_file() else template
+    """A template file's digest, or the template itself or its name, as `understudy.models.tokenizer` tells them."""
+    file = None if template is None else file_named(template)
+    return template if file is None else digest(file)
 
 
 def _summary(statistics: Mapping[str, Any], max_length: int) -> str:

@@ -34,7 +34,9 @@ class Row:
         try:
             columns = json.loads(text)
         except (ValueError, RecursionError) as error:
-            problem = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+            problem = str(error)
+            if isinstance(error, json.JSONDecodeError):
+                problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
             raise self.error(f"the line is not valid JSON, or cut off ({problem}); repair it.") from error
         return self._checked(columns)
 

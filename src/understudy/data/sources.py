@@ -69,7 +69,7 @@ class SourceFiles:
                 yield row
                 number = row.number + 1
             if number == first:
-                raise UserError("the file is empty: it holds no rows.", file=path)
+                raise UserError("the file is empty: it holds no rows; fill it or name another.", file=path)
 
 
 def find_source(source: DataSource, *, cache_dir: Path) -> Rows:

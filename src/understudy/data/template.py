@@ -79,7 +79,9 @@ class ChatTemplate:
             )
         except _RENDERING_ERRORS as error:
             words = str(error).strip() or type(error).__name__
-            raise TemplateError(f"the chat template fails on this conversation: {words}") from error
+            raise TemplateError(
+                f"the chat template fails on this conversation: {words}; change the conversation or the template."
+            ) from error
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -58,8 +58,7 @@ def _templates(tokenizer: Any) -> tuple[str | None, str | None]:
     except ValueError as error:  # several named templates, none of them the default
         names = ", ".join(sorted(tokenizer.chat_template))
         raise UserError(
-            f"the tokenizer has several chat templates ({names}) and no default; set data.chat_template to a file or a "
-            "Jinja string."
+            f"the tokenizer has several chat templates ({names}) and no default; set data.chat_template to one of them."
         ) from error
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,19 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from understudy.errors import UserError
 from understudy.recipe import schema
 
-__all__ = ["document_limit", "load_config", "make_config"]
+__all__ = ["UNBUILDABLE", "document_limit", "invalid_config", "load_config", "make_config"]
+
+UNBUILDABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What building a network of a wrong configuration raises, in whatever layer meets it first."""
 
 
 def load_config(directory: Path, model: schema.Model) -> PreTrainedConfig:
@@ -35,25 +49,52 @@ def make_config(stored: dict[str, Any], overrides: dict[str, Any]) -> PreTrained
     model_type = values.get("model_type")
     if model_type is None:
         raise UserError("the model's configuration names no model_type; set model.config.model_type, such as llama.")
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        own_code = "a model that ships its own code needs model.trust_remote_code=true on the command line."
         raise UserError(
-            f"transformers knows no model_type {model_type!r}{_nearest(str(model_type), list(CONFIG_MAPPING))}; a "
-            "model that ships its own code needs --trust-remote-code on the command line."
+            f"transformers knows no model_type {model_type!r:.60}; "
+            + (_nearest(str(model_type), list(CONFIG_MAPPING)) or own_code),
+            key="model.config.model_type",
         )
     kind = CONFIG_MAPPING[model_type]
     known = set(kind().to_dict()) | set(kind.attribute_map) | stored.keys() | {"model_type"}
     for name in overrides:
         if name not in known:
-            raise UserError(f"model.config.{name} is no field of {model_type}{_nearest(name, sorted(known))}.")
+            raise UserError(
+                f"model.config.{name} is no field of {model_type}; " + (_nearest(name, sorted(known)) or "remove it."),
+                key=f"model.config.{name}",
+            )
     try:
         config: PreTrainedConfig = kind.from_dict(values)
     # transformers validates with several libraries, and what they raise has no common ancestor but Exception.
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise UserError(f"model.config describes no valid {model_type}: {reason}") from error
+        raise invalid_config(model_type, overrides, error.__cause__ or error) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{model_type} is no causal language model; choose a decoder-only one.")
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise UserError(
+            "a model without layers cannot be trained; set num_hidden_layers to 1 or more.",
+            key=_blamed(["num_hidden_layers"], overrides),
+        )
     return config
+
+
+def invalid_config(model_type: str, overrides: Mapping[str, Any], problem: BaseException) -> UserError:
+    """What transformers raised for a configuration, as an error at the override that it mentions."""
+    words = " ".join(str(problem).split()) or type(problem).__name__
+    reason = f"it knows no {words}" if isinstance(problem, KeyError) else words.rstrip(".")
+    return UserError(
+        f"transformers can build no {model_type} of this configuration: {reason}; correct model.config.",
+        key=_blamed(re.findall(r"\w+", words), overrides),
+    )
+
+
+def _blamed(words: Iterable[str], overrides: Mapping[str, Any]) -> str | None:
+    """The key of the override that `words` name by its field or its value."""
+    for name, value in overrides.items():
+        if name in words or (isinstance(value, str) and value in words):
+            return f"model.config.{name}"
+    return "model.config" if overrides else None
 
 
 def document_limit(network: PreTrainedModel) -> int | None:
@@ -89,4 +130,4 @@ def _rope_scalings(parameters: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _nearest(name: str, known: list[str]) -> str:
     matches = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"did you mean {matches[0]!r}?" if matches else ""

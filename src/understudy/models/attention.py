@@ -62,7 +62,8 @@ def register_attention(kind: Kind, device: Device) -> str:
         if kernel is None:
             raise UserError(
                 "attention: flash needs an NVIDIA GPU and the flash-attn package; "
-                "run `pip install flash-attn`, or set model.attention to auto, which keeps documents apart as well."
+                "run `pip install flash-attn`, or set model.attention to auto, which keeps documents apart as well.",
+                key="model.attention",
             )
     attention = _DocumentAwareAttention(kernel, explicit=kind == "eager")
     AttentionInterface.register(_NAMES[kind], attention)

@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from understudy.devices.device import Device
 from understudy.errors import UserError
-from understudy.models.architecture import document_limit, load_config
+from understudy.models.architecture import UNBUILDABLE, document_limit, invalid_config, load_config
 from understudy.models.attention import register_attention
 from understudy.models.head import LossHead
 from understudy.models.language_model import LanguageModel
@@ -37,9 +37,11 @@ def make_language_model(directory: Path, model: schema.Model, device: Device) ->
             network: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=model.trust_remote_code
             )
-    except KeyError as error:
+    except UNBUILDABLE as error:
         # Some architectures look our attention up among classes of their own.
-        raise _not_document_aware(config.model_type) from error
+        if isinstance(error, KeyError) and attention in error.args:
+            raise _not_document_aware(config.model_type) from error
+        raise invalid_config(config.model_type, model.config, error) from error
     if not network.is_backend_compatible():
         raise _not_document_aware(config.model_type)
     network.tie_weights()

@@ -7,7 +7,9 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -15,8 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
-from understudy.errors import UserError
-from understudy.models.architecture import make_config
+from understudy.models.architecture import UNBUILDABLE, invalid_config, make_config
 from understudy.models.source import stored_config
 from understudy.recipe import schema
 
@@ -42,24 +43,20 @@ def materialize_random(model: schema.Model, seed: int, cache: Path) -> Path:
             return directory
         building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
         try:
-            _build(config, seed, building)
+            _build(config, model.config, seed, building)
             building.rename(directory)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return directory
 
 
-def _build(config: PreTrainedConfig, seed: int, directory: Path) -> None:
+def _build(config: PreTrainedConfig, overrides: Mapping[str, Any], seed: int, directory: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             network = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        # Sizes that contradict each other surface in whatever layer meets them first.
-        except (ValueError, TypeError, RuntimeError, AssertionError, AttributeError, ZeroDivisionError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(
-                f"model.config describes no {config.model_type} that can be built: {reason}; check its sizes."
-            ) from error
+        except UNBUILDABLE as error:
+            raise invalid_config(config.model_type, overrides, error) from error
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     shared = {name for name, _ in network.named_parameters(remove_duplicate=False)} - dict(
         network.named_parameters()

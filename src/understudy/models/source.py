@@ -69,11 +69,15 @@ def stored_config(model: schema.Model) -> dict[str, Any]:
 def _local_or_snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
     path = Path(source).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UserError(
+                f"{source} is a directory, which has no revisions; remove model.revision.", key="model.revision"
+            )
         return path
     if path.is_file():
-        raise UserError(f"{source} is a file; name the model's directory.")
+        raise UserError(f"{source} is a file; name its directory.")
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise UserError(f"there is no directory {source}; check model.path.")
+        raise UserError(f"there is no directory {source}; correct the path.")
     return _snapshot(source, revision, patterns)
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from understudy.errors import UserError
+from understudy.recipe.text_file import file_named, read_text
 
 __all__ = ["load_tokenizer"]
-
-_LONGEST_PATH = 1024
 
 
 def load_tokenizer(
     directory: Path, chat_template: str | None = None, *, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer in `directory`. `chat_template` replaces its own: a Jinja file, or a Jinja string, which is told by
-    a brace. Raises `UserError` when there is no tokenizer, or no such template."""
+    """The tokenizer in `directory`. `chat_template` replaces its own: a Jinja string, which is told by a brace, a Jinja
+    file, or the name of one of several that the tokenizer has. Raises `UserError` when there is no tokenizer, or no
+    such template."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
@@ -29,20 +29,22 @@ def load_tokenizer(
             f"{directory} has no tokenizer that can be loaded ({reason}); set model.tokenizer to one that has."
         ) from error
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = _chosen_template(chat_template, tokenizer.chat_template)
     return tokenizer
 
 
-def _read_template(template: str) -> str:
-    if "{" in template or len(template) > _LONGEST_PATH:
-        return template
-    file = Path(template).expanduser()
-    try:
-        return file.read_text(encoding="utf-8")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(
-            f"data.chat_template is {template!r}, which is neither a file nor a Jinja template; name a file, or leave "
-            "it out for the tokenizer's own."
-        ) from None
-    except (UnicodeDecodeError, PermissionError) as error:
-        raise UserError(f"cannot be read as a chat template: {error}.", file=file) from None
+def _chosen_template(chosen: str, own: str | dict[str, str] | None) -> str:
+    """`own` are the tokenizer's: by name where there are several."""
+    if "{" in chosen:
+        return chosen
+    if (file := file_named(chosen)) is not None:
+        return read_text(file, "chat template")
+    named = own if isinstance(own, dict) else {}
+    if chosen in named:
+        return named[chosen]
+    known = f"its templates are {', '.join(sorted(named))}" if named else "it has none with a name"
+    raise UserError(
+        f"data.chat_template is {chosen!r:.100}, which is no file, no Jinja string and no template of the tokenizer "
+        f"({known}); name one of these, or leave it out for the tokenizer's own.",
+        key="data.chat_template",
+    )

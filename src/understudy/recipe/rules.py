@@ -122,6 +122,20 @@ def a_random_model_has_a_tokenizer(recipe: Recipe) -> Violations:
 
 
 @rule
+def a_revision_is_of_something_on_the_hub(recipe: Recipe) -> Violations:
+    if recipe.model.revision is not None and not recipe.model.path:
+        yield "model.revision", "`model.revision` means nothing without a `model.path`; remove it."
+
+
+@rule
+def every_source_has_a_path(recipe: Recipe) -> Violations:
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
+        for number, source in enumerate(sources):
+            if not source.path.strip():
+                yield f"data.{part}.{number}.path", "`path` is empty; name a file, a directory, a glob or a Hub id."
+
+
+@rule
 def a_micro_batch_holds_the_longest_example(recipe: Recipe) -> Violations:
     tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
     if tokens != "auto" and tokens < longest:

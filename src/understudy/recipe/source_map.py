@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from understudy.errors import UserError, Violation
@@ -39,3 +40,14 @@ class SourceMap:
     def error(self, key: str, message: str) -> UserError:
         file, line = self.locate(key)
         return UserError(message, file=file, line=line)
+
+    @contextmanager
+    def placing(self, key: str) -> Iterator[None]:
+        """Gives an error raised inside, which `key` is to blame for unless it names a key itself, the place where that
+        stands in the recipe; one that has a place keeps it."""
+        try:
+            yield
+        except UserError as error:
+            if error.file is not None:
+                raise
+            raise self.error(error.key or key, error.message) from error

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from understudy.errors import UserError
 
-__all__ = ["read_text"]
+__all__ = ["file_named", "read_text"]
+
+_LONGEST_PATH = 1024
 
 
 def read_text(path: Path, what: str) -> str:
@@ -29,3 +31,14 @@ def read_text(path: Path, what: str) -> str:
     if not text.strip():
         raise UserError(f"the {what} is empty; check the path.", file=path, line=1)
     return text
+
+
+def file_named(text: str) -> Path | None:
+    """The file that `text` names, where a recipe takes a file or a template itself; None where it names none."""
+    if "{" in text or not text or len(text) > _LONGEST_PATH:
+        return None
+    try:
+        file = Path(text).expanduser()
+        return file if file.is_file() else None
+    except (OSError, RuntimeError):  # too long a name, no such user
+        return None

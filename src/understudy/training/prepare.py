@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache
 from understudy.data.prepare import prepare_data
 from understudy.devices.device import find_device
-from understudy.errors import UserError
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.initialization import materialize_random
 from understudy.models.language_model import LanguageModel
@@ -51,9 +49,9 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     Repeated calls find everything in the cache; concurrent ones wait for the one that builds. `report` is given a line
     about anything that takes time. Raises `UserError` at the recipe's line. No process group may exist yet.
     """
-    with _located(sources, "model.tokenizer" if recipe.model.tokenizer else "model.path"):
+    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = tokenizer_directory(recipe.model)
-    with _located(sources, "model.path" if recipe.model.path else "model"):
+    with sources.placing("model.path" if recipe.model.path else "model"):
         directory = _model_directory(recipe)
         model = make_language_model(directory, recipe.model, find_device())
         open_weights(directory, model)
@@ -66,14 +64,17 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         cache_dir=cache_directory(),
         report=report,
     )
-    steps = training_data(recipe, TokenCache.open(data.train), config.hidden_size, rank=0, world_size=1)
+    train = TokenCache.open(data.train)
+    evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
+    _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
+    steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
         job=Job(recipe, sources, Path(recipe.output_dir), directory, tokenizer, data.train, data.evaluation),
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         model_bytes=_model_bytes(model, precision_of(recipe.training.precision).compute),
         examples=steps.examples_per_epoch,
-        evaluation_examples=0 if data.evaluation is None else len(TokenCache.open(data.evaluation).lengths),
+        evaluation_examples=0 if evaluation is None else len(evaluation),
         steps=steps.total_steps,
     )
 
@@ -89,12 +90,11 @@ def _model_bytes(model: LanguageModel, dtype: torch.dtype) -> int:
     return sum(spec_bytes(stored_spec(spec, dtype)) for spec in specs)
 
 
-@contextmanager
-def _located(sources: SourceMap, key: str) -> Iterator[None]:
-    """Gives an error about what `key` names the place where it stands, unless it has one of its own."""
-    try:
-        yield
-    except UserError as error:
-        if error.file is not None:
-            raise
-        raise sources.error(key, error.message) from error
+def _refuse_longer_documents(limit: int | None, caches: Sequence[TokenCache], sources: SourceMap) -> None:
+    longest = max(int(cache.lengths.max()) for cache in caches)
+    if limit is not None and longest > limit:
+        raise sources.error(
+            "data.max_length",
+            f"the longest example has {longest:,} tokens, but the model has positions for {limit:,}; set "
+            f"data.max_length to {limit} or less.",
+        )
