@@ -113,11 +113,12 @@ def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dic
         tokenizer_dir = tokenizer_directory(recipe.model)
     with sources.placing("model.path"):
         config = read_config(recipe.model)
+    vocab_size = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
     prepared = prepare_data(
         recipe,
         sources,
         tokenizer_dir=tokenizer_dir,
-        vocab_size=config.get("vocab_size", config.get("text_config", {}).get("vocab_size")),
+        vocab_size=vocab_size if isinstance(vocab_size, int) else None,
         cache_dir=cache_directory(),
         report=lambda line: click.echo(line, err=True),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from understudy.errors import UserError
+from understudy.models.source import read_config_file
 from understudy.recipe import schema
 
 __all__ = ["UNBUILDABLE", "document_limit", "invalid_config", "load_config", "make_config"]
@@ -33,10 +33,14 @@ UNBUILDABLE = (
 
 def load_config(directory: Path, model: schema.Model) -> PreTrainedConfig:
     """The configuration in `directory`/config.json with `model.config` laid over it."""
-    stored = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    own_code = "auto_map" in stored and "AutoConfig" in stored["auto_map"]
-    if own_code and model.trust_remote_code:
-        return type(AutoConfig.from_pretrained(directory, trust_remote_code=True)).from_dict({**stored, **model.config})
+    stored = read_config_file(directory)
+    own_code = stored.get("auto_map")
+    if isinstance(own_code, dict) and "AutoConfig" in own_code and model.trust_remote_code:
+        try:
+            kind = type(AutoConfig.from_pretrained(directory, trust_remote_code=True))
+            return kind.from_dict({**stored, **model.config})
+        except (StrictDataclassError, OSError, ImportError, *UNBUILDABLE) as error:
+            raise invalid_config(str(stored.get("model_type")), model.config, error) from error
     return make_config(stored, model.config)
 
 
@@ -54,7 +58,7 @@ def make_config(stored: dict[str, Any], overrides: dict[str, Any]) -> PreTrained
         raise UserError(
             f"transformers knows no model_type {model_type!r:.60}; "
             + (_nearest(str(model_type), list(CONFIG_MAPPING)) or own_code),
-            key="model.config.model_type",
+            key=_blamed(["model_type"], overrides),
         )
     kind = CONFIG_MAPPING[model_type]
     known = set(kind().to_dict()) | set(kind.attribute_map) | stored.keys() | {"model_type"}
@@ -84,7 +88,8 @@ def invalid_config(model_type: str, overrides: Mapping[str, Any], problem: BaseE
     words = " ".join(str(problem).split()) or type(problem).__name__
     reason = f"it knows no {words}" if isinstance(problem, KeyError) else words.rstrip(".")
     return UserError(
-        f"transformers can build no {model_type} of this configuration: {reason}; correct model.config.",
+        f"transformers can build no {model_type} of this configuration: {reason}; correct "
+        + ("model.config." if overrides else "the model's config.json."),
         key=_blamed(re.findall(r"\w+", words), overrides),
     )
 

@@ -45,8 +45,13 @@ def check_isolation(
     other_last = run([first, last_changed], range(total - 1))
     alone = run([second], range(_LENGTHS[1]))
 
+    if not packed.isfinite().all():
+        raise UserError(
+            "this model's logits are not finite: its weights are damaged, or overflow in this precision; get the model "
+            "again, or set training.precision to another."
+        )
     scale = packed.abs().max().clamp(min=1e-6)
-    # A comparison that NaN fails, since a model that gives NaN proves nothing.
+    # Comparisons that NaN fails, since a model that gives NaN proves nothing.
     if not (other_neighbour - packed[boundary:]).abs().max() <= _SAME_SHAPE * scale:
         _refuse("its documents attend to each other")
     if not (other_last - packed[:-1]).abs().max() <= _SAME_SHAPE * scale:

@@ -9,7 +9,7 @@ from typing import Any
 from understudy.errors import UserError
 from understudy.recipe import schema
 
-__all__ = ["model_directory", "read_config", "stored_config", "tokenizer_directory"]
+__all__ = ["model_directory", "read_config", "read_config_file", "stored_config", "tokenizer_directory"]
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _WEIGHT_FILES = ["*.safetensors"]
@@ -54,15 +54,23 @@ def stored_config(model: schema.Model) -> dict[str, Any]:
     """The model's config.json as it is; nothing without a path."""
     stored: dict[str, Any] = {}
     if model.path is not None:
-        file = _local_or_snapshot(model.path, model.revision, ["config.json"]) / "config.json"
-        try:
-            stored = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{file.parent} has no config.json, so it is no Hugging Face model.") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"is not valid JSON ({error}); download the model again.", file=file) from None
-        if not isinstance(stored, dict):
-            raise UserError("must hold a JSON object; download the model again.", file=file)
+        stored = read_config_file(_local_or_snapshot(model.path, model.revision, ["config.json"]))
+    return stored
+
+
+def read_config_file(directory: Path) -> dict[str, Any]:
+    """What config.json in `directory` says. Raises `UserError` where it is missing or no JSON object."""
+    file = directory / "config.json"
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; correct the path.") from None
+    except OSError as error:
+        raise UserError(f"the file cannot be read ({error.strerror}); get the model again.", file=file) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"the file is not valid JSON ({error}); get the model again.", file=file) from None
+    if not isinstance(stored, dict):
+        raise UserError("the file must hold a JSON object; get the model again.", file=file)
     return stored
 
 
@@ -109,9 +117,9 @@ def _snapshot(source: str, revision: str | None, patterns: list[str]) -> Path:
         raise UserError(f"{source} has no revision {revision!r} on the Hub; check model.revision.") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"{source} is not a directory here, and the Hub cannot be reached ({type(error).__name__}); check the "
-            "path, or download the model on a machine with network access."
-        ) from None
+            f"{source} is not a directory here, and the Hub cannot be reached; check the path, or download the model "
+            "on a machine with network access."
+        ) from error
 
 
 def _require_safetensors(directory: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from understudy.errors import UserError
@@ -23,11 +24,13 @@ def load_tokenizer(
             directory, trust_remote_code=trust_remote_code, local_files_only=True
         )
     # What a damaged tokenizer raises depends on which of several libraries meets the damage.
-    except (OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError, ImportError, AttributeError) as error:
         reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise UserError(
             f"{directory} has no tokenizer that can be loaded ({reason}); set model.tokenizer to one that has."
         ) from error
+    if not isinstance(tokenizer.chat_template, str | dict | None):
+        raise UserError(f"the chat template of {directory} is no text; set data.chat_template to one that is.")
     if chat_template is not None:
         tokenizer.chat_template = _chosen_template(chat_template, tokenizer.chat_template)
     return tokenizer

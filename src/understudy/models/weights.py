@@ -44,7 +44,8 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self._slice.get_dtype()]
+        # A type not known here is some packed one: bytes, to us.
+        return _DTYPES.get(self._slice.get_dtype(), torch.uint8)
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         whole = not self.shape or index in (slice(None), ())
@@ -92,7 +93,8 @@ class WeightReader:
         return self._find(name) is not None
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises `UserError` that lists every name which is missing or has another shape than `shapes` says."""
+        """Raises `UserError` that lists every name which is missing, has another shape than `shapes` says, or is not of
+        floating-point numbers."""
         missing = [name for name in shapes if name not in self]
         if missing:
             raise UserError(
@@ -106,8 +108,13 @@ class WeightReader:
         ]
         if wrong:
             raise UserError(
-                f"{self.directory} does not fit its configuration: {_listed(wrong)}; remove the overrides in "
-                "model.config that change sizes, or set model.init to random."
+                f"{self.directory} does not fit its configuration: {_listed(wrong)}; remove what changes sizes from "
+                "model.config, get the model again, or set model.init to random."
+            )
+        if whole := [name for name in shapes if not self(name).dtype.is_floating_point]:
+            raise UserError(
+                f"{self.directory} holds whole numbers in {_listed(whole)}, as quantized models do; name the model "
+                "that it was made from."
             )
 
     def _find(self, name: str) -> str | None:
@@ -138,9 +145,9 @@ def stored_files(directory: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            files = [directory / name for name in names]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError("is not an index of safetensors files; get the model again.", file=index) from None
-        files = [directory / name for name in names]
         if absent := [file.name for file in files if not file.is_file()]:
             raise UserError(f"{directory} lacks {_listed(absent)}, which its index names; get the model again.")
         return files
