@@ -47,11 +47,16 @@ def command(
             conversation.reset()
             continue
         try:
-            conversation.ask(line, lambda text: click.echo(text, nl=False))
+            answered = conversation.ask(line, lambda text: click.echo(text, nl=False))
+            if answered.finish == "interrupted" and not interactive:
+                raise KeyboardInterrupt
         except UserError as error:
             if not interactive:
                 raise
-            click.echo(f"error: {error} /reset begins anew.", err=True)
+            click.echo(f"error: {error} /reset begins anew.", err=True, nl=False)
+        except KeyboardInterrupt:  # before the first word of an answer, or on a pipe, where nobody could go on
+            if not interactive:
+                raise
         click.echo()
 
 
