@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,10 @@ __all__ = [
     "UnderstudyError",
     "UserError",
     "Violation",
+    "is_full_disk",
 ]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UnderstudyError(Exception):
@@ -92,3 +96,11 @@ def _one_line(message: str, file: str | None, line: int | None) -> str:
     where = "" if file is None else file if line is None else f"{file}:{line}"
     text = f"{where}: {message}" if where else message
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether `error` says that no space, or no quota, is left on a disk."""
+    # safetensors, written in Rust, reports the system's error as text only.
+    return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device (os error 28)" in str(
+        error
+    )

@@ -14,6 +14,7 @@ from torch import nn
 from tests.distributed import scenario
 from understudy.contracts import Batch, LossSum, Objective
 from understudy.devices.device import find_device
+from understudy.errors import DivergedError
 from understudy.models.build import make_language_model
 from understudy.models.weights import WeightReader
 from understudy.objectives.registry import make_objective
@@ -49,12 +50,14 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     )
     strategy.load_state(WeightReader(directory))
     objective = make_objective(recipe.objective)
-    if case["poisoned_steps"]:
-        for step in range(case["poisoned_steps"]):
-            batches = scenario.micro_batches(step, world.rank, world.size)
+    for step in range(case["poisoned_steps"]):
+        batches = scenario.micro_batches(step, world.rank, world.size)
+        try:
             strategy.forward_backward(batches, Poisoned(objective), 1)
-            norm = strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)
-            assert not torch.isfinite(norm), f"norm {norm} of a gradient that is not finite"
+        except DivergedError as error:
+            return {"diverged": str(error)}
+        norm = strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)
+        assert not torch.isfinite(norm), f"norm {norm} of a gradient that is not finite"
     losses, norms = [], []
     for step in range(case["steps"]):
         count = scenario.num_supervised(scenario.global_batch(step))

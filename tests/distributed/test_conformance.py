@@ -7,6 +7,7 @@ heads, gradients that are not finite.
 from __future__ import annotations
 
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +103,22 @@ def assert_same_weights(file: Path, solution: scenario.Solution, tolerance: floa
 def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
     strategy = STRATEGIES[name]
     cases = {"adamw": case(models[False], strategy, ADAMW, 4, max_grad_norm=0.5)}
+    cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5)
     # Steps whose gradient is not finite come first and must leave no trace.
-    cases["tied"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5, poisoned_steps=2)
+    cases["poisoned"] = case(models[True], strategy, ADAMW, 4, max_grad_norm=0.5, poisoned_steps=2)
     if not keeps_optimizer_on_host(name):
         cases["gradient"] = case(models[True], strategy, SGD, 1)
     for precision in low_precisions(name):
         cases[precision] = case(models[True], strategy, ADAMW, 3, precision=precision, max_grad_norm=0.5)
-    cases["bf16"]["poisoned_steps"] = 1
+    cases["poisoned_bf16"] = case(
+        models[True], strategy, ADAMW, 3, precision="bf16", max_grad_norm=0.5, poisoned_steps=1
+    )
     return cases
+
+
+def leaves_refused_steps_out(name: str) -> bool:
+    """The oldest DeepSpeed supported cannot, in its ZeRO optimizers; the run ends there and says why."""
+    return name in ("ddp", "zero0") or name.startswith("fsdp") or version("deepspeed") != "0.14.4"
 
 
 def low_precisions(name: str) -> tuple[str, ...]:
@@ -122,7 +131,13 @@ def low_precisions(name: str) -> tuple[str, ...]:
 def check(name: str, models: dict[bool, Path], tmp_path: Path, results: list[dict[str, Any]]) -> None:
     assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
     seen = results[0]
-    for case_name, directory in (("adamw", models[False]), ("tied", models[True])):
+    if not leaves_refused_steps_out(name):
+        assert "not finite" in seen.pop("poisoned")["diverged"]
+        assert "not finite" in seen.pop("poisoned_bf16")["diverged"]
+    else:
+        assert seen.pop("poisoned_bf16") == seen["bf16"]
+    for case_name in seen.keys() & {"adamw", "tied", "poisoned"}:
+        directory = models[case_name != "adamw"]
         solution = trajectory(directory)
         assert_same_trajectory(seen[case_name], solution, LOSS_TOLERANCE, NORM_TOLERANCE)
         assert_same_weights(tmp_path / f"{case_name}.safetensors", solution, 2e-4)

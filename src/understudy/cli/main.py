@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import errno
 import functools
 import importlib
 import sys
@@ -19,11 +18,9 @@ from pathlib import Path
 
 import click
 
-from understudy.errors import UnderstudyError
+from understudy.errors import UnderstudyError, is_full_disk
 
 __all__ = ["exit_status", "main", "program"]
-
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Program(click.Group):
@@ -116,11 +113,8 @@ def _first_line(error: BaseException) -> str:
 def _full_disk(error: BaseException | None) -> str | None:
     """The path whose disk is full, if that is what lies under the failure."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _NO_SPACE:
-            return str(error.filename or "output")
-        # safetensors, written in Rust, reports the system's error as text only.
-        if "No space left on device (os error 28)" in str(error):
-            return "output"
+        if is_full_disk(error):
+            return str(getattr(error, "filename", None) or "output")
         error = error.__cause__ or error.__context__
     return None
 

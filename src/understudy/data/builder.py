@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from understudy.data.cache import EXAMPLES_FILE, FORMAT_VERSION, INDEX_FILE, SCHEMA, DamagedCacheError, TokenCache
-from understudy.errors import UserError
+from understudy.recipe.cache_disk import writing_cache
 
 __all__ = ["CacheWriter", "TokenChunk", "open_or_build"]
 
@@ -102,7 +101,7 @@ def open_or_build(
     entry = _open(path, report)
     if entry is not None:
         return entry
-    with _disk_errors(root):
+    with writing_cache(root):
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{key}.lock", report):
             entry = _open(path, lambda _: None)
@@ -154,20 +153,6 @@ def _lock(path: Path, report: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message = "no space is left for the token cache; free some, or name another disk in UNDERSTUDY_CACHE."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message = "the token cache cannot be written here; name another directory in UNDERSTUDY_CACHE."
-        else:
-            raise
-        raise UserError(message, file=root) from error
 
 
 def _sync(file: BinaryIO) -> None:

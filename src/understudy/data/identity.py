@@ -16,6 +16,7 @@ from typing import Any
 
 from understudy.data.cache import FORMAT_VERSION
 from understudy.errors import UserError
+from understudy.recipe.cache_disk import writing_cache
 
 __all__ = ["FileDigests", "cache_key", "tokenizer_digest"]
 
@@ -52,11 +53,16 @@ class FileDigests:
         return digest
 
     def _remember(self, note: Path, content: Mapping[str, Any]) -> None:
-        self._memory.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=self._memory, prefix=".")
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(content, file)
-        Path(temporary).replace(note)
+        with writing_cache(self._memory):
+            self._memory.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(dir=self._memory, prefix=".")
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump(content, file)
+                Path(temporary).replace(note)
+            except BaseException:
+                Path(temporary).unlink(missing_ok=True)
+                raise
 
 
 def _sha256(path: Path) -> str:

@@ -33,6 +33,11 @@ class Cause:
     peer_failed: bool
     """A collective failed under it: most likely another process is the cause."""
 
+    @property
+    def refused(self) -> bool:
+        """The input was wrong and that came out before training, so the run has nothing to keep."""
+        return self.exit_status == 2 and self.step is None
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -47,7 +52,7 @@ class FailedRunError(UnderstudyError):
     """A process of the run failed; carries that process's message and exit status."""
 
     def __init__(self, message: str, exit_status: int, *, refused: bool = False) -> None:
-        """`refused`: the input was wrong and that came out before training, so the run has nothing to keep."""
+        """`refused`: as in `Cause`."""
         super().__init__(message)
         self.exit_status = exit_status
         self.refused = refused
@@ -85,7 +90,7 @@ def first_failure(exits: Sequence[Exit], causes: Mapping[int, Cause], logs: Mapp
 
 def _failed(cause: Cause, log: Path) -> FailedRunError:
     if cause.exit_status == 2:  # wrong input: the sentence says it all
-        return FailedRunError(cause.message, cause.exit_status, refused=cause.step is None)
+        return FailedRunError(cause.message, cause.exit_status, refused=cause.refused)
     when = "before training" if cause.step is None else f"after step {cause.step}"
     return FailedRunError(f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})", cause.exit_status)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
+from understudy.errors import UserError
 from understudy.launch.cause import Exit, FailedRunError, first_failure, read_cause
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.run_directory import RunDirectory
@@ -22,6 +24,8 @@ SETTLE_SECONDS = 0.3
 """From the first failure until the others are stopped: time for the true cause, seen second, to be seen."""
 GRACE_SECONDS = 10.0
 """From SIGTERM to SIGKILL."""
+CAUSE_BYTES = 64 * 2**10
+"""A disk with less room free may not have taken the cause that a process left."""
 STDOUT = 1
 
 
@@ -48,6 +52,8 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
     if any(end.status != 0 for end in exits):
         ranks = range(len(commands))
         causes = {rank: cause for rank in ranks if (cause := read_cause(directory.cause(rank)))}
+        if not causes and shutil.disk_usage(directory.path).free < CAUSE_BYTES:
+            raise UserError(f"{directory.path}: no space is left on the disk; free some, or choose another output_dir.")
         raise first_failure(exits, causes, {rank: directory.log(rank) for rank in ranks})
 
 

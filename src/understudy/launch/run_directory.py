@@ -36,6 +36,9 @@ OWNED = (
 )
 """Every name a run writes, apart from the marker; `--overwrite` removes these and nothing else."""
 
+REPLACED = ".understudy-replaced"
+"""Where an earlier run waits, until the one that replaces it has proved able to train."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -92,23 +95,38 @@ class Claim:
         self.begun = False
 
     def begin(self, resolved_recipe: str) -> RunDirectory:
-        """Clears what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`."""
-        self.withdraw()
+        """Puts aside what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`."""
+        replaced = self.directory.path / REPLACED
+        _remove(replaced)
+        if any((self.directory.path / name).exists() for name in OWNED):
+            replaced.mkdir()
+            _move(self.directory.path, replaced)
         self.begun = True
         self.directory.logs.mkdir()
         self.directory.recipe.write_text(resolved_recipe, encoding="utf-8")
         return self.directory
 
     def withdraw(self) -> None:
-        """Clears what this run, or the one it replaces, wrote, as if it had not begun."""
+        """Clears what this run wrote and puts back what it replaced, as if it had not begun."""
+        if not self.begun:
+            return
         for name in OWNED:
             _remove(self.directory.path / name)
+        replaced = self.directory.path / REPLACED
+        if replaced.exists():
+            _move(replaced, self.directory.path)
+            replaced.rmdir()
         self.begun = False
+
+    def settle(self) -> None:
+        """Removes for good what this run replaced."""
+        _remove(self.directory.path / REPLACED)
 
 
 @contextmanager
 def claim_run_directory(path: Path, sources: SourceMap, *, overwrite: bool) -> Iterator[Claim]:
-    """Holds `path` for one run, creating it where it is missing; on leaving, a directory never begun is as it was.
+    """Holds `path` for one run, creating it where it is missing; on leaving, a directory never begun is as it was, and
+    one that was begun has lost the run that it replaced.
 
     Raises `UserError` at the recipe's `output_dir` when another run is writing there, when it holds an earlier run and
     `overwrite` is false, when it holds files that no run wrote, or when it cannot be created.
@@ -119,13 +137,18 @@ def claim_run_directory(path: Path, sources: SourceMap, *, overwrite: bool) -> I
         _refuse_foreign(path, sources)
         marked_before = (path / MARKER).exists()
         with _locked_marker(path, sources) as marker:
+            owner_before = marker.read()
             try:
                 if not overwrite:
                     _refuse_earlier_run(claim.directory, sources)
-                _sign(marker, path, sources)
+                _sign(marker, _this_process(), path, sources)
                 yield claim
             finally:
-                if not claim.begun and not marked_before:
+                if claim.begun:
+                    claim.settle()
+                elif marked_before:
+                    _sign(marker, owner_before, path, sources)
+                else:
                     (path / MARKER).unlink()
     finally:
         if not claim.begun:
@@ -147,11 +170,11 @@ def require_space(path: Path, needed_bytes: int, what: str, sources: SourceMap) 
 def _create(path: Path, sources: SourceMap) -> list[Path]:
     """Creates `path` and its missing parents. Returns what it created, innermost first."""
     missing: list[Path] = []
-    for directory in (path, *path.parents):
-        if directory.exists():
-            break
-        missing.append(directory)
     try:
+        for directory in (path, *path.parents):
+            if directory.exists():
+                break
+            missing.append(directory)
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise sources.error("output_dir", f"{path} is a file; choose another output_dir.") from None
@@ -174,7 +197,7 @@ def _refuse_foreign(path: Path, sources: SourceMap) -> None:
 
 
 def _refuse_earlier_run(directory: RunDirectory, sources: SourceMap) -> None:
-    found = [name for name in OWNED if (directory.path / name).exists()]
+    found = [name for name in (*OWNED, REPLACED) if (directory.path / name).exists()]
     if found:
         state = "a finished run" if directory.model.exists() else "a run that did not finish"
         raise sources.error(
@@ -198,12 +221,15 @@ def _locked_marker(path: Path, sources: SourceMap) -> Iterator[TextIO]:
         yield marker
 
 
-def _sign(marker: TextIO, path: Path, sources: SourceMap) -> None:
-    owner = {"process": os.getpid(), "host": socket.gethostname(), "since": _now()}
+def _this_process() -> str:
+    return json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": _now()})
+
+
+def _sign(marker: TextIO, owner: str, path: Path, sources: SourceMap) -> None:
     with _write_errors(path, sources):
         # Written below the buffer of `marker`, which would try again on closing if the disk is full.
         os.ftruncate(marker.fileno(), 0)
-        os.pwrite(marker.fileno(), json.dumps(owner).encode(), 0)
+        os.pwrite(marker.fileno(), owner.encode(), 0)
 
 
 @contextmanager
@@ -229,6 +255,13 @@ def _in_use(path: Path, marker: str, sources: SourceMap) -> UserError:
 
 def _now() -> str:
     return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+
+
+def _move(source: Path, target: Path) -> None:
+    """Moves every name that a run writes, within one file system."""
+    for name in OWNED:
+        if (source / name).exists():
+            (source / name).rename(target / name)
 
 
 def _remove(path: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import __version__ as transformers_version
 from understudy.models.architecture import UNBUILDABLE, invalid_config, make_config
 from understudy.models.source import stored_config
 from understudy.recipe import schema
+from understudy.recipe.cache_disk import writing_cache
 
 __all__ = ["materialize_random"]
 
@@ -37,6 +38,11 @@ def materialize_random(model: schema.Model, seed: int, cache: Path) -> Path:
     directory = cache / "models" / digest[:32]
     if directory.is_dir():
         return directory
+    with writing_cache(directory.parent):
+        return _materialized(config, model, seed, directory)
+
+
+def _materialized(config: PreTrainedConfig, model: schema.Model, seed: int, directory: Path) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{directory}.lock"):
         if directory.is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Sour
     source = SourceMap(str(path), lines, frozenset(overridden))
     values.setdefault("name", path.stem)
     values.setdefault("output_dir", f"runs/{values['name']}")
+    if isinstance(values["output_dir"], str):
+        values["output_dir"] = os.path.expanduser(values["output_dir"])  # noqa: PTH111  # leaves an unknown ~user alone
     if unwritable := [source.violation(key, message) for key, message in _unwritable_text(values, "")]:
         raise RecipeError(unwritable)
     violations = list(_refuse_remote_code(values, source))

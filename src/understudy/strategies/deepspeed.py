@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, cast
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import LazyTensor, TensorSpec
-from understudy.errors import UserError
+from understudy.contracts import Batch, LazyTensor, LossSum, Objective, TensorSpec
+from understudy.errors import DivergedError, UserError
 from understudy.models.language_model import LanguageModel
 from understudy.optim.groups import decay_groups
 from understudy.parallel.world import World
@@ -156,6 +156,19 @@ class ZeroEngine(ModuleStrategy):
 
     def _backward(self, loss: Tensor) -> None:
         self.engine.backward(loss, scale_wrt_gas=False)
+
+    def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
+        total = super().forward_backward(micro_batches, objective, num_tokens)
+        if not self._refuses_infinite_gradients() and not torch.isfinite(total.loss):
+            raise DivergedError(
+                "the loss is not finite, and this release of DeepSpeed would put it into the weights; lower "
+                "optimizer.learning_rate, or install a newer DeepSpeed, which leaves such a step out."
+            )
+        return total
+
+    def _refuses_infinite_gradients(self) -> bool:
+        """Releases without this setting (0.14.4) check gradients in fp16 only."""
+        return self.precision.loss_scaling or hasattr(self.engine._config, "bfloat16_config")
 
     def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
         assert (max_norm or 0.0) == self.engine.gradient_clipping(), "the engine clips by its configuration"

@@ -7,14 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
 
-from understudy.errors import OutOfMemoryError, UnderstudyError
-from understudy.launch.cause import Cause, write_cause
-from understudy.launch.run_directory import RunDirectory
+from understudy.errors import OutOfMemoryError, UnderstudyError, UserError, is_full_disk
+from understudy.launch.cause import Cause
 from understudy.training.hooks import Hook, StepResult, TrainingState
 
 __all__ = ["StepNote", "cause_of", "ending_on_failure"]
@@ -33,25 +32,25 @@ class StepNote(Hook):
 
 
 @contextmanager
-def ending_on_failure(
-    directory: RunDirectory, rank: int, note: StepNote, say: Callable[[str], None] = lambda _: None
-) -> Iterator[None]:
-    """On an exception: writes the cause file, prints the traceback to stderr (a log), says the sentence, and ends the
-    process with the cause's exit status.
+def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]) -> Iterator[None]:
+    """On an exception: prints the traceback to stderr (a log), reports the cause, and ends the process with its exit
+    status.
 
-    The cause is written while this process still holds its connections, so before any peer can see it fail. Nothing is
-    torn down: peers may be blocked, and leaving a process group that is broken can hang or abort.
+    It is reported while this process still holds its connections, so before any peer can see it fail. Nothing is torn
+    down: peers may be blocked, and leaving a process group that is broken can hang or abort.
     """
     try:
         yield
     # Nothing is hidden: the cause goes to the launcher and the traceback to the log.
     except Exception as error:  # noqa: BLE001
         cause = cause_of(error, rank, note.step)
-        write_cause(directory.cause(rank), cause)
-        sys.stderr.write(cause.traceback)
-        say(cause.message)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # A disk that is full takes neither log nor cause; the exit status must get out all the same.
+        with suppress(OSError):
+            sys.stderr.write(cause.traceback)
+            sys.stderr.flush()
+            sys.stdout.flush()
+        with suppress(OSError):
+            report(cause)
         os._exit(cause.exit_status)
 
 
@@ -63,6 +62,9 @@ def cause_of(error: Exception, rank: int, step: int | None) -> Cause:
             "data.max_length, set training.activation_checkpointing=full, or take a strategy that shards or offloads "
             "more, such as fsdp-offload or zero3-offload."
         )
+    elif is_full_disk(error):
+        where = getattr(error, "filename", None) or "the run"
+        known = UserError(f"{where}: no space is left on the disk; free some, or choose another output_dir.")
     else:
         known = error if isinstance(error, UnderstudyError) else None
     return Cause(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
-from understudy.launch.cause import FailedRunError
+from understudy.launch.cause import Cause, FailedRunError
 from understudy.launch.local import launch_local
 from understudy.launch.run_directory import Claim, RunDirectory, claim_run_directory, require_space
 from understudy.plan.machine import Machine
@@ -30,6 +33,7 @@ __all__ = ["start_as_worker", "start_locally"]
 STDOUT, STDERR = 1, 2
 SMALL_FILES_BYTES = 64 * 2**20
 """What a run writes beside the final model's weights: tokenizer, metrics, logs."""
+TAKE_BACK_SECONDS = 5.0
 
 
 def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: Callable[[str], None]) -> None:
@@ -65,12 +69,15 @@ def start_as_worker(
             claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite))
             job = _prepare(resolved, choices, sources, claim, say)
             console = open_console(STDOUT)
+            take_back = partial(_take_back, claim, stack)
         else:
             job = prepare_job(resolved, sources, lambda _: None).job
             console = silent_console()
+            take_back = partial(_wait_until_taken_back, RunDirectory(job.run_directory))
         log = RunDirectory(job.run_directory).log(environment.rank)
         # The directory for logs is there once rank 0 has entered the process group.
-        run_worker(job, environment, console, entered=lambda: _send_output_to(log), say_error=_error_speaker())
+        entered = partial(_send_output_to, log)
+        run_worker(job, environment, console, report=_reporter(take_back), entered=entered)
 
 
 def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
@@ -87,8 +94,12 @@ def _prepare(
 
     prepared = prepare_job(recipe, sources, say)
     require_space(claim.directory.path, prepared.model_bytes + SMALL_FILES_BYTES, "the run", sources)
-    directory = claim.begin(dump_recipe(recipe))
-    write_job(directory.job, prepared.job)
+    try:
+        directory = claim.begin(dump_recipe(recipe))
+        write_job(directory.job, prepared.job)
+    except OSError:
+        claim.withdraw()
+        raise
     say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
     return prepared.job
 
@@ -117,15 +128,45 @@ def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
     return " ".join([strategy.kind, *(f"{name}={value}" for name, value in chosen.items())])
 
 
-def _error_speaker() -> Callable[[str], None]:
-    """Prints to what is standard error now, whatever is redirected later."""
+def _reporter(take_back: Callable[[], bool]) -> Callable[[Cause], None]:
+    """Says a failure on what is standard error now, whatever is redirected later. One that others follow from is said
+    alone, and a refused run is taken back by `take_back`, which is false where another process speaks."""
     stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
 
-    def say(message: str) -> None:
-        stream.write(f"error: {message}\n")
+    def report(cause: Cause) -> None:
+        if cause.peer_failed or (cause.refused and not take_back()):
+            return
+        stream.write("".join(f"error: {line}\n" for line in cause.message.splitlines()))
         stream.flush()
 
-    return say
+    return report
+
+
+def _take_back(claim: Claim, stack: ExitStack) -> bool:
+    """Leaves the run directory as if the run had not begun: the process ends without unwinding."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher stops us as soon as a peer has ended
+    claim.withdraw()
+    stack.close()
+    return True
+
+
+def _wait_until_taken_back(directory: RunDirectory) -> bool:
+    """Whether rank 0 did not refuse the run too, within a while: a launcher kills it as soon as we are gone."""
+    begun = _identity(directory.job)
+    deadline = time.monotonic() + TAKE_BACK_SECONDS
+    while begun is not None and time.monotonic() < deadline:
+        if _identity(directory.job) != begun:
+            return False
+        time.sleep(0.05)
+    return begun is not None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _send_output_to(log: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from understudy.checkpoint.export import save_model
@@ -18,6 +19,7 @@ from understudy.contracts import Strategy
 from understudy.data.batching import TrainingData
 from understudy.data.cache import TokenCache
 from understudy.devices.device import Device, find_device
+from understudy.launch.cause import Cause, write_cause
 from understudy.launch.parent import die_with_parent
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.build import make_language_model, open_weights
@@ -76,7 +78,9 @@ def main() -> None:
     environment = process_environment()
     assert environment is not None, "a launcher sets RANK and WORLD_SIZE"
     descriptor = console_descriptor()
-    run_worker(job, environment, silent_console() if descriptor is None else open_console(descriptor))
+    console = silent_console() if descriptor is None else open_console(descriptor)
+    cause_file = RunDirectory(job.run_directory).cause(environment.rank)
+    run_worker(job, environment, console, report=partial(write_cause, cause_file))
 
 
 def run_worker(
@@ -84,24 +88,25 @@ def run_worker(
     environment: ProcessEnvironment,
     console: Console,
     *,
+    report: Callable[[Cause], None],
     entered: Callable[[], None] = lambda: None,
-    say_error: Callable[[str], None] = lambda _: None,
 ) -> None:
     """Trains, evaluates, saves and proves, as one of `environment.world_size` processes.
 
-    `entered` is called once all processes have met. On a failure the process ends with the failure's exit status;
-    `say_error` is given its sentence first.
+    `entered` is called once all processes have met, and has returned on all before any goes on. On a failure the
+    process ends with the failure's exit status; `report` is given its cause first.
     """
     directory = RunDirectory(job.run_directory)
     note = StepNote()
-    with ending_on_failure(directory, environment.rank, note, say_error):
+    with ending_on_failure(environment.rank, note, report):
         device = find_device()
         torch_device = device.torch_device(environment.local_rank)
         with (
             process_group(environment, torch_device, device.backend) as world,
-            ending_on_failure(directory, environment.rank, note, say_error),
+            ending_on_failure(environment.rank, note, report),
         ):
             entered()
+            dist.barrier()
             trained = _train_and_save(job, device, torch_device, world, console, note)
         if environment.rank == 0:
             _prove(job, directory, trained, console)
