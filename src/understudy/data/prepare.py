@@ -24,7 +24,7 @@ from understudy.recipe.schema import DataSource, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.text_file import file_named
 
-__all__ = ["PreparedData", "prepare_data", "prepare_evaluation_data"]
+__all__ = ["PreparedData", "find_sources", "prepare_data", "prepare_evaluation_data"]
 
 Report = Callable[[str], None]
 
@@ -39,6 +39,13 @@ class PreparedData:
     """Equal for equal training examples."""
     train_statistics: Mapping[str, Any]
     evaluation_statistics: Mapping[str, Any] | None
+
+
+def find_sources(recipe: Recipe, source_map: SourceMap, cache_dir: Path) -> None:
+    """Raises `UserError` at the recipe's line of a source that is nowhere to be found. Imports no torch."""
+    for wanted in filter(None, (training_set(recipe), evaluation_set(recipe))):
+        for number, source in enumerate(wanted.sources):
+            _find(source, f"{wanted.key}.{number}", source_map, cache_dir)
 
 
 def prepare_data(
@@ -95,7 +102,10 @@ class _Preparation:
     report: Report
 
     def prepare(self, wanted: ExampleSet) -> TokenCache:
-        found = [self._find(source, f"{wanted.key}.{number}") for number, source in enumerate(wanted.sources)]
+        found = [
+            _find(source, f"{wanted.key}.{number}", self.source_map, self.cache_dir)
+            for number, source in enumerate(wanted.sources)
+        ]
         wanted = replace(wanted, found=found)
         entry = open_or_build(
             self.cache_dir / "tokens", self._key(wanted), lambda writer: self._fill(writer, wanted), self.report
@@ -109,28 +119,6 @@ class _Preparation:
         )
         self.report(f"{wanted.title}: {_summary(entry.statistics, self.recipe.data.max_length)}")
         return entry
-
-    def _find(self, source: DataSource, key: str) -> Rows:
-        if source.format != "auto":
-            check_columns(formats()[source.format], source.columns, key, self.source_map)
-        with self.source_map.placing(f"{key}.path"):
-            try:
-                found = find_source(source, cache_dir=self.cache_dir)
-            except OSError as error:  # such as a name too long, or a directory that may not be listed
-                words = error.strerror or str(error)
-                raise UserError(f"{source.path:.100} cannot be read ({words}); correct the path.") from error
-        if isinstance(found, SourceFiles):
-            self._refuse_unread_fields(source, key)
-        return found
-
-    def _refuse_unread_fields(self, source: DataSource, key: str) -> None:
-        """Files have no configurations, and only a directory's may belong to splits."""
-        if source.subset is not None:
-            raise self.source_map.error(f"{key}.subset", f"{source.path} is no Hub data set; remove `subset`.")
-        if source.split != "train" and not Path(source.path).expanduser().is_dir():
-            raise self.source_map.error(
-                f"{key}.split", f"{source.path} names files itself; remove `split`, or name their directory."
-            )
 
     def _key(self, wanted: ExampleSet) -> str:
         data, digest = self.recipe.data, FileDigests(self.cache_dir / "digests")
@@ -155,6 +143,30 @@ class _Preparation:
 
         filling = Filling(self.recipe, self.source_map, self.tokenizer_dir, self.vocab_size, self.report)
         return filling.fill(writer, wanted)
+
+
+def _find(source: DataSource, key: str, source_map: SourceMap, cache_dir: Path) -> Rows:
+    if source.format != "auto":
+        check_columns(formats()[source.format], source.columns, key, source_map)
+    with source_map.placing(f"{key}.path"):
+        try:
+            found = find_source(source, cache_dir=cache_dir)
+        except OSError as error:  # such as a name too long, or a directory that may not be listed
+            words = error.strerror or str(error)
+            raise UserError(f"{source.path:.100} cannot be read ({words}); correct the path.") from error
+    if isinstance(found, SourceFiles):
+        _refuse_unread_fields(source, key, source_map)
+    return found
+
+
+def _refuse_unread_fields(source: DataSource, key: str, source_map: SourceMap) -> None:
+    """Files have no configurations, and only a directory's may belong to splits."""
+    if source.subset is not None:
+        raise source_map.error(f"{key}.subset", f"{source.path} is no Hub data set; remove `subset`.")
+    if source.split != "train" and not Path(source.path).expanduser().is_dir():
+        raise source_map.error(
+            f"{key}.split", f"{source.path} names files itself; remove `split`, or name their directory."
+        )
 
 
 def _refuse_inside_an_import() -> None:

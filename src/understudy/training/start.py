@@ -19,7 +19,7 @@ from understudy.launch.run_directory import Claim, RunDirectory, claim_run_direc
 from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
 from understudy.recipe.dump import dump_recipe
-from understudy.recipe.environment import ProcessEnvironment
+from understudy.recipe.environment import ProcessEnvironment, cache_directory
 from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
 from understudy.recipe.source_map import SourceMap
@@ -89,6 +89,8 @@ def _prepare(
     recipe: Recipe, choices: tuple[str, ...], sources: SourceMap, claim: Claim, say: Callable[[str], None]
 ) -> Job:
     """Prepares the job, says what is going to happen, and begins the run: nothing was written before."""
+    _require_inputs(recipe, sources)
+
     from understudy.training.job import write_job
     from understudy.training.prepare import prepare_job
 
@@ -102,6 +104,19 @@ def _prepare(
         raise
     say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
     return prepared.job
+
+
+def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
+    """Refuses at once what is not there: to import torch and build the model takes seconds."""
+    from understudy.data.prepare import find_sources
+    from understudy.models.source import model_directory, tokenizer_directory
+
+    if recipe.model.path is not None:
+        with sources.placing("model.path"):
+            model_directory(recipe.model)
+    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
+        tokenizer_directory(recipe.model)
+    find_sources(recipe, sources, cache_directory())
 
 
 def opening_lines(prepared: Prepared) -> str:

@@ -165,7 +165,8 @@ def _loaded_strategy(
     strategy.build(lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw))
     strategy.load_state(weights)
     compute = precision_of(recipe.training.precision).compute
-    check_isolation(strategy.logits, model.config.get_text_config().vocab_size, torch_device, compute)
+    with job.sources.placing("model.path" if recipe.model.path else "model"):
+        check_isolation(strategy.logits, model.config.get_text_config().vocab_size, torch_device, compute)
     return strategy
 
 
