@@ -140,6 +140,19 @@ def test_a_plain_console_says_the_first_and_last_step_and_not_all_between(tmp_pa
     assert lines[3:] == ["  2 + 2 = → 4 (expected 4)", "  2 + 3 = → (nothing) (expected 5)"]
 
 
+def test_the_last_evaluation_says_what_was_answered_before_training_and_after(tmp_path: Path) -> None:
+    run, stream = facts(tmp_path)
+    (sink,) = make_sinks(["console"], run)
+    sink.answers(0, [Answer("2 + 2 =", "7 7", "4"), Answer("2 + 3 =", "", "5")])
+    sink.answers(100, [Answer("2 + 2 =", "4", "4"), Answer("2 + 3 =", "6", "5")])
+    sink.close()
+    assert stream.getvalue().splitlines()[2:] == [
+        "  2 + 2 = → 7 7 before training, now 4 (expected 4)",
+        "  2 + 3 = → (nothing) before training, now 6 (expected 5)",
+        "exact match on 2 evaluation prompts: 0.0% before training, 50.0% after",
+    ]
+
+
 def test_a_terminal_gets_a_progress_bar_with_loss_and_speed(tmp_path: Path) -> None:
     run, stream = facts(tmp_path, terminal=True)
     (sink,) = make_sinks(["console"], run)

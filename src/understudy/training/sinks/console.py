@@ -23,6 +23,7 @@ class ConsoleSink(Sink):
     def __init__(self, facts: RunFacts) -> None:
         self._console = facts.console
         self._total_steps = facts.total_steps
+        self._before: Sequence[Answer] = ()
 
     def row(self, row: Row) -> None:
         if "eval_loss" in row:
@@ -34,9 +35,17 @@ class ConsoleSink(Sink):
         raise NotImplementedError
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
-        for answer in answers[:SHOWN_ANSWERS]:
-            said = _head(answer.text) or "(nothing)"
+        for number, answer in enumerate(answers[:SHOWN_ANSWERS]):
+            said = _shown(answer)
+            if self._before:
+                said = f"{_shown(self._before[number])} before training, now {said}"
             self._console.say(f"  {_tail(answer.prompt)} → {said} (expected {_head(answer.expected)})")
+        if answers and self._before and step == self._total_steps:
+            self._console.say(
+                f"exact match on {len(answers)} evaluation prompts: {_exact_match(self._before):.1%} before training, "
+                f"{_exact_match(answers):.1%} after"
+            )
+        self._before = self._before or answers
 
 
 class LiveConsoleSink(ConsoleSink):
@@ -116,6 +125,14 @@ def evaluation_line(row: Row) -> str:
 
 def make(facts: RunFacts) -> Sink:
     return LiveConsoleSink(facts) if facts.console.screen.is_terminal else PlainConsoleSink(facts)
+
+
+def _exact_match(answers: Sequence[Answer]) -> float:
+    return sum(answer.correct for answer in answers) / len(answers)
+
+
+def _shown(answer: Answer) -> str:
+    return _head(answer.text) or "(nothing)"
 
 
 def _count(number: float) -> str:
