@@ -22,6 +22,7 @@ from tests.tiny_data import write_lines, write_tokenizer
 from understudy.cli.main import exit_status
 from understudy.launch.cause import FailedRunError
 from understudy.launch.run_directory import claim_run_directory
+from understudy.plan.machine import Machine
 from understudy.recipe.source_map import SourceMap
 from understudy.training import job, start
 
@@ -192,6 +193,13 @@ def test_a_bad_recipe_is_refused(case: str, place: Path, capsys: pytest.CaptureF
     assert words.replace("\\\\", "\\") in refusal(capsys, recipe)
 
 
+def test_more_processes_than_devices_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "detect_machine", lambda: Machine(devices=2, device_bytes=1, cores=2))
+    assert "command line: 3 processes are more than the 2 devices" in refusal(capsys, RECIPE, "cluster.processes=3")
+
+
 def test_ten_thousand_wrong_keys_are_told_in_a_hundred_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = refusal(capsys, RECIPE + "".join(f"key{i}: 1\n" for i in range(10_000))).splitlines()
     assert len(lines) == 101
@@ -244,6 +252,7 @@ MODELS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no causal model": (configure(model_type="clip"), "r.yaml:3: clip is no causal language model"),
     "wrong type of size": (configure(hidden_size="x"), "correct the model's config.json."),
     "index of numbers": (write("model.safetensors.index.json", '{"weight_map": {"a": 3}}'), "is not an index of saf"),
+    "truncated generation defaults": (write("generation_config.json", "{"), "model/generation_config.json: holds no"),
     "truncated tokenizer": (shorten("tokenizer.json", 500), "r.yaml:3: model has no tokenizer that can be loaded"),
     "template that is no text": (
         write("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": 3}'),

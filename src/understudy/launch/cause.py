@@ -62,8 +62,12 @@ def write_cause(path: Path, cause: Cause) -> None:
     """Writes `path` whole or not at all: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(cause), indent=1), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(asdict(cause), indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def read_cause(path: Path) -> Cause | None:

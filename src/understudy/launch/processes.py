@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 
-from understudy.errors import UserError
 from understudy.launch.cause import Exit, FailedRunError, first_failure, read_cause
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.run_directory import RunDirectory
@@ -53,7 +52,9 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
         ranks = range(len(commands))
         causes = {rank: cause for rank in ranks if (cause := read_cause(directory.cause(rank)))}
         if not causes and shutil.disk_usage(directory.path).free < CAUSE_BYTES:
-            raise UserError(f"{directory.path}: no space is left on the disk; free some, or choose another output_dir.")
+            message = f"{directory.path}: no space is left on the disk; free some, or choose another output_dir."
+            trained = directory.metrics.exists() and directory.metrics.stat().st_size > 0
+            raise FailedRunError(message, 2, refused=not trained)
         raise first_failure(exits, causes, {rank: directory.log(rank) for rank in ranks})
 
 

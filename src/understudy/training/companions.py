@@ -12,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from understudy.data.batching import prompt_and_answer
 from understudy.data.cache import TokenCache
+from understudy.errors import UserError
 from understudy.models.architecture import load_config
 from understudy.recipe import schema
 
@@ -59,10 +60,8 @@ def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, 
         for name in SPECIAL_TOKENS:
             if name not in model.config:
                 setattr(config, name, getattr(tokenizer, name))
-    stored = model.init == "pretrained" and (model_directory / "generation_config.json").is_file()
-    generation = (
-        GenerationConfig.from_pretrained(model_directory) if stored else GenerationConfig.from_model_config(config)
-    )
+    generation = _stored_generation(model_directory) if model.init == "pretrained" else None
+    generation = generation or GenerationConfig.from_model_config(config)
     own = generation.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *_answer_ends(train, tokenizer)}
     known = sorted(token for token in ends if token is not None)
@@ -71,6 +70,17 @@ def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, 
         generation.pad_token_id = tokenizer.pad_token_id
     code = tuple(model_directory.glob("*.py")) if getattr(config, "auto_map", None) else ()
     return Companions(config, generation, tokenizer, code)
+
+
+def _stored_generation(model_directory: Path) -> GenerationConfig | None:
+    file = model_directory / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(model_directory)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        words = " ".join(str(error).split())[:200].rstrip(".")
+        raise UserError(f"holds no generation defaults ({words}); repair or remove it.", file=file) from error
 
 
 def _answer_ends(train: TokenCache, tokenizer: Any) -> set[int]:

@@ -18,10 +18,12 @@ from understudy.models.build import make_language_model, open_weights
 from understudy.models.initialization import materialize_random
 from understudy.models.language_model import LanguageModel
 from understudy.models.source import model_directory, tokenizer_directory
+from understudy.models.tokenizer import load_tokenizer
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
+from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
 
@@ -67,6 +69,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     train = TokenCache.open(data.train)
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
+    _read_companions(recipe, sources, directory, tokenizer, train)
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
         job=Job(recipe, sources, Path(recipe.output_dir), directory, tokenizer, data.train, data.evaluation),
@@ -77,6 +80,16 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         evaluation_examples=0 if evaluation is None else len(evaluation),
         steps=steps.total_steps,
     )
+
+
+def _read_companions(
+    recipe: Recipe, sources: SourceMap, directory: Path, tokenizer_directory: Path, train: TokenCache
+) -> None:
+    """Reads what the processes will read again, so that damage there is refused before the run begins."""
+    trust = recipe.model.trust_remote_code
+    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
+        tokenizer = load_tokenizer(tokenizer_directory, recipe.data.chat_template, trust_remote_code=trust)
+        make_companions(directory, recipe.model, tokenizer, train)
 
 
 def _model_directory(recipe: Recipe) -> Path:

@@ -41,6 +41,12 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
     machine = detect_machine()
     asked = recipe.cluster.processes
     processes = max(1, machine.devices) if asked == "auto" else asked
+    if machine.accelerated and processes > machine.devices:
+        raise sources.error(
+            "cluster.processes",
+            f"{processes} processes are more than the {machine.devices} devices of this host; start at most one a "
+            "device.",
+        )
     resolved, choices = _resolved(recipe, sources, machine, processes)
     with claim_run_directory(Path(resolved.output_dir), sources, overwrite=overwrite) as claim:
         _prepare(resolved, choices, sources, claim, say)
