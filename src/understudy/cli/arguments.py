@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,13 +30,20 @@ def sampling_options(function: Function) -> Function:
 
     @functools.wraps(function)
     def checked(*, temperature: float, top_p: float | None, **others: Any) -> Any:
+        for name, number in (("--temperature", temperature), ("--top-p", top_p)):
+            if number is not None and not math.isfinite(number):
+                raise click.UsageError(f"{name} must be a finite number, not {number}.")
         if top_p is not None and temperature == 0.0:
             raise click.UsageError("--top-p narrows a random draw, and there is none without --temperature above 0.")
         return function(temperature=temperature, top_p=1.0 if top_p is None else top_p, **others)
 
     options = (
         click.option(
-            "--max-new-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Longest answer."
+            "--max-new-tokens",
+            type=click.IntRange(1, 2**31 - 1),
+            default=512,
+            show_default=True,
+            help="Longest answer.",
         ),
         click.option(
             "--temperature",
@@ -49,7 +57,7 @@ def sampling_options(function: Function) -> Function:
             type=click.FloatRange(min=0.0, max=1.0, min_open=True),
             help="Draw from the likeliest tokens that hold this share of the probability.  [default: 1]",
         ),
-        click.option("--seed", type=click.IntRange(min=0), help="Makes a random draw repeatable."),
+        click.option("--seed", type=click.IntRange(0, 2**63 - 1), help="Makes a random draw repeatable."),
     )
     for option in reversed(options):
         checked = option(checked)

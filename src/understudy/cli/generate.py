@@ -40,6 +40,9 @@ def command(
     text = _standard_input() if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; give a text with --prompt, or with --prompt - on standard input.")
+    for name, given in (("--prompt", text), ("--system", system or "")):
+        if any("\ud800" <= character <= "\udfff" for character in given):
+            raise UserError(f"{name} holds bytes that are not UTF-8 text; convert it.")
 
     from understudy.training.answering import Sampling
     from understudy.training.inference import load_model, seed_sampling

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -16,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.launch.run_directory import MARKER, RunDirectory
+from understudy.models.architecture import UNBUILDABLE
 from understudy.models.source import model_directory
 from understudy.recipe.schema import Model
 from understudy.training.answering import Answered, Sampling, answer_stream
@@ -144,8 +146,11 @@ def load_model(named: str) -> LoadedModel:
             directory, dtype=device.compute_dtypes[0], output_loading_info=True
         )
     # What these libraries raise for a damaged or foreign directory: it is the model that cannot be loaded.
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"the model cannot be loaded: {_first_line(error)}", file=directory) from error
+    except (StrictDataclassError, SafetensorError, OSError, ImportError, *UNBUILDABLE) as error:
+        raise UserError(
+            f"the model cannot be loaded: {_first_line(error).rstrip('.')}; name a whole model, or get it again.",
+            file=directory,
+        ) from error
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise UserError(
