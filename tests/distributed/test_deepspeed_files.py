@@ -31,9 +31,7 @@ def test_each_file_trains_as_one_process_does(tmp_path: Path) -> None:
         pytest.skip(f"{FOREIGN} is not here")
     model = write_models(tmp_path / "models")[True]
     cases = {
-        name: case(
-            model, {"kind": "deepspeed", "config": str(FOREIGN / f"{name}.json")}, ADAMW, 4, max_grad_norm=0.5
-        )
+        name: case(model, {"kind": "deepspeed", "config": str(FOREIGN / f"{name}.json")}, ADAMW, 4, max_grad_norm=0.5)
         for name in NAMES
     }
     results = run_processes(WORKER, 2, tmp_path, {"cases": cases})

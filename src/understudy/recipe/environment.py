@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,15 +81,23 @@ def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvi
     """
     env = os.environ if environ is None else environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
+        # A step may have fewer tasks than its job, whose number srun leaves in SLURM_NTASKS.
+        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
+        names = ("SLURM_PROCID", size, "SLURM_LOCALID")
+        if _number(env, size, default=1) == 1:
+            return None
     else:
         return None
     rank, world_size = _number(env, names[0]), _number(env, names[1])
-    # The deepspeed launcher sets no LOCAL_WORLD_SIZE and srun often no tasks per node: then all are on one host.
+    # Where a launcher says nothing of hosts, all processes are on one.
     local_rank = _number(env, names[2], default=rank)
-    local_world_size = _number(env, names[3], default=_number(env, "LOCAL_SIZE", default=world_size))
+    if names[0] == "RANK":
+        # The deepspeed launcher says LOCAL_SIZE.
+        local_world_size = _number(env, "LOCAL_WORLD_SIZE", default=_number(env, "LOCAL_SIZE", default=world_size))
+    else:
+        local_world_size = _slurm_tasks_here(env, default=world_size)
     if not 0 <= rank < world_size:
         raise UserError(
             f"{names[0]}={rank} lies outside {names[1]}={world_size}; the launcher must set 0 ≤ rank < size."
@@ -101,6 +110,22 @@ def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvi
                     f"{names[1]}={world_size} but {name} is not set; set it to the first host's address or port."
                 )
     return ProcessEnvironment(rank, world_size, local_rank, local_world_size, rendezvous)
+
+
+def _slurm_tasks_here(env: Mapping[str, str], default: int) -> int:
+    """Tasks of this step on this host, from Slurm's list of counts, such as `4(x2),3`, one entry a run of hosts."""
+    listed = env.get("SLURM_STEP_TASKS_PER_NODE")
+    if listed is None:
+        return _number(env, "SLURM_NTASKS_PER_NODE", default=default)
+    counts: list[int] = []
+    for entry in listed.split(","):
+        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)) is None:
+            raise UserError(f"the environment variable SLURM_STEP_TASKS_PER_NODE is {listed!r}; it must be counts.")
+        counts += [int(found[1])] * int(found[2] or 1)
+    node = _number(env, "SLURM_NODEID", default=0)
+    if not 0 <= node < len(counts):
+        raise UserError(f"SLURM_NODEID={node} lies outside the {len(counts)} hosts of SLURM_STEP_TASKS_PER_NODE.")
+    return counts[node]
 
 
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
