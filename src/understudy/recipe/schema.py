@@ -91,7 +91,7 @@ class Data(Section):
     overflow: Literal["truncate", "drop", "split"] = "truncate"
     """What happens to a longer one."""
     chat_template: str | None = None
-    """A Jinja string or file; the tokenizer's own when left out."""
+    """A Jinja string, a file, or the name of one of several that the tokenizer has; its own when left out."""
     train_on_prompt: bool = False
     """Supervise every token, not only what the assistant says."""
     num_workers: Processes | Literal["auto"] = "auto"
