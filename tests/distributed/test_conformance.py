@@ -12,21 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.distributed import scenario
+from tests.distributed.conformance import (
+    ADAMW,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    WORKER,
+    assert_same_trajectory,
+    assert_same_weights,
+    case,
+    trajectory,
+    write_models,
+)
 from tests.distributed.processes import run_processes
 
 pytestmark = pytest.mark.distributed
 
-WORKER = Path(__file__).with_name("conformance_worker.py")
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
 # One ulp of the compute dtype is 2^-8 (bf16) or 2^-11 (fp16); a loss averages many roundings, a norm fewer.
 LOW_PRECISION_TOLERANCE = {"bf16": (1e-2, 3e-2), "fp16": (2e-3, 1e-2), "pure_bf16": (1e-2, 3e-2)}
 
 SGD = {"kind": "sgd", "learning_rate": 1.0}
-ADAMW = {"kind": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
 
 STRATEGIES: dict[str, Any] = {
     "ddp": "ddp",
@@ -47,57 +54,14 @@ def keeps_optimizer_on_host(name: str) -> bool:
     return name in ("zero2-offload", "zero3-offload")
 
 
-def case(
-    model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, *, poisoned_steps: int = 0, **training: Any
-) -> dict[str, Any]:
-    parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
-    recipe = {
-        "name": "conformance",
-        "output_dir": "unused",
-        "model": {"path": str(model)},
-        "data": {"train": [{"path": "unused"}]},
-        "strategy": strategy,
-        "optimizer": optimizer,
-        "training": {"precision": "fp32", "max_grad_norm": None, "activation_checkpointing": "none", **training},
-        "parallel": parallel,
-    }
-    return {"recipe": recipe, "model": str(model), "steps": steps, "poisoned_steps": poisoned_steps}
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    directories = {}
-    for tied in (False, True):
-        directories[tied] = tmp_path_factory.mktemp("model") / f"tied-{tied}"
-        scenario.write_model(directories[tied], tied=tied)
-    return directories
-
-
-@cache
-def trajectory(directory: Path) -> scenario.Solution:
-    return scenario.solve(directory, steps=4, learning_rate=1e-2, max_norm=0.5, optimizer="adamw", decay=0.1)
+    return write_models(tmp_path_factory.mktemp("models"))
 
 
 @cache
 def gradient(directory: Path) -> scenario.Solution:
     return scenario.solve(directory, steps=1, learning_rate=1.0, max_norm=None, optimizer="sgd", decay=0.0)
-
-
-def assert_same_trajectory(seen: dict[str, Any], solution: scenario.Solution, loss: float, norm: float) -> None:
-    steps = len(seen["losses"])
-    assert seen["losses"] == pytest.approx(solution.losses[:steps], rel=loss)
-    assert seen["norms"] == pytest.approx(solution.norms[:steps], rel=norm)
-    if steps == len(solution.losses):
-        assert seen["evaluation"] == pytest.approx(solution.evaluation, rel=loss)
-
-
-def assert_same_weights(file: Path, solution: scenario.Solution, tolerance: float) -> None:
-    weights = load_file(file)
-    assert weights.keys() == solution.weights.keys()
-    for name, expected in solution.weights.items():
-        torch.testing.assert_close(
-            weights[name].double(), expected, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
@@ -140,7 +104,7 @@ def check(name: str, models: dict[bool, Path], tmp_path: Path, results: list[dic
         directory = models[case_name != "adamw"]
         solution = trajectory(directory)
         assert_same_trajectory(seen[case_name], solution, LOSS_TOLERANCE, NORM_TOLERANCE)
-        assert_same_weights(tmp_path / f"{case_name}.safetensors", solution, 2e-4)
+        assert_same_weights(tmp_path / f"{case_name}.safetensors", solution, WEIGHT_TOLERANCE)
     if "gradient" in seen:
         # One step of SGD at learning rate 1 from equal weights: the difference of the weights is that of the gradients.
         solution = gradient(models[True])
@@ -169,4 +133,4 @@ def test_conformance_at_four_processes_one_of_them_idle(
     results = run_processes(WORKER, 4, tmp_path, {"cases": cases})
     assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
     assert_same_trajectory(results[0]["tied"], trajectory(models[True]), LOSS_TOLERANCE, NORM_TOLERANCE)
-    assert_same_weights(tmp_path / "tied.safetensors", trajectory(models[True]), 2e-4)
+    assert_same_weights(tmp_path / "tied.safetensors", trajectory(models[True]), WEIGHT_TOLERANCE)
