@@ -68,7 +68,8 @@ def _value(name: str, text: str, at: int) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         raise _cut_off(name, text, error.pos, error.msg) from error
     except (ValueError, RecursionError) as error:
-        raise _cut_off(name, text, at, str(error)) from error
+        problem = str(error) if isinstance(error, RecursionError) else "its numbers are too long"
+        raise _cut_off(name, text, at, problem) from error
 
 
 def _cut_off(name: str, text: str, at: int, problem: str) -> UserError:

@@ -53,12 +53,13 @@ def read_rows(path: Path, kind: str, first: int, consumed: Callable[[int], None]
             else:
                 yield from _csv(name, file, first, "\t" if kind == "tsv" else ",")
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"the compressed file is damaged or cut off ({error}).", file=name) from error
+        raise UserError(f"the compressed file is damaged or cut off ({error}); fetch it again.", file=name) from error
     except pa.ArrowException as error:
         words = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"the file cannot be read as {kind} ({words}).", file=name) from error
+        raise UserError(f"the file cannot be read as {kind} ({words}); fetch it again.", file=name) from error
     except OSError as error:
-        raise UserError(f"the file cannot be read ({error.strerror or error}).", file=name) from error
+        words = " ".join((error.strerror or str(error)).split())
+        raise UserError(f"the file cannot be read ({words}); fetch it again or name another.", file=name) from error
 
 
 class _Counted(io.FileIO):

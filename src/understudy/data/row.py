@@ -34,7 +34,7 @@ class Row:
         try:
             columns = json.loads(text)
         except (ValueError, RecursionError) as error:
-            problem = str(error)
+            problem = "its numbers are too long" if type(error) is ValueError else str(error)
             if isinstance(error, json.JSONDecodeError):
                 problem = f"{error.msg.removesuffix(' at')} at column {error.colno}"
             raise self.error(f"the line is not valid JSON, or cut off ({problem}); repair it.") from error
