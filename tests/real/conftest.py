@@ -38,7 +38,7 @@ def small_run(smollm2: Path) -> list[str]:
         f"data.train.0.path={ALPACA}",
         "data.train.0.max_samples=100",
         "data.eval_fraction=0.2",
-        "data.max_length=64",
+        "data.max_length=96",
         "data.num_workers=1",
         "optimizer.learning_rate=1.0e-4",
         "training.max_steps=8",

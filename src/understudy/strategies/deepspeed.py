@@ -24,7 +24,13 @@ from understudy.strategies.engine_config import engine_config
 from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision, compute_in
 from understudy.strategies.torch_native import TorchStrategy
-from understudy.strategies.zero_partitions import full_weight, partition_as_built, set_weight, spec_of
+from understudy.strategies.zero_partitions import (
+    full_weight,
+    link_in_partition_order,
+    partition_as_built,
+    set_weight,
+    spec_of,
+)
 
 __all__ = ["ReplicatedEngine", "ZeroEngine", "import_deepspeed", "make"]
 
@@ -135,6 +141,8 @@ class ZeroEngine(ModuleStrategy):
         optimizer = make_optimizer(named.items()) if self.offload_optimizer == "none" else self._host_adamw(named)
         self._named = named
         self.engine = _initialize(module, optimizer, config)
+        if self.stage < 3:
+            link_in_partition_order(self.engine.optimizer)
         self.module = self.engine
 
     def _host_adamw(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:

@@ -9,12 +9,24 @@ from torch import Tensor, nn
 
 from understudy.contracts import LazyTensor, TensorSpec
 
-__all__ = ["full_weight", "partition_as_built", "set_weight", "spec_of"]
+__all__ = ["full_weight", "link_in_partition_order", "partition_as_built", "set_weight", "spec_of"]
 
 
 def spec_of(parameter: nn.Parameter) -> TensorSpec:
     """Shape of the whole, whether or not it is partitioned; master weights are fp32."""
     return TensorSpec(tuple(getattr(parameter, "ds_shape", parameter.shape)), torch.float32)
+
+
+def link_in_partition_order(optimizer: Any) -> None:
+    """Lets DeepSpeed's helpers find each weight in the ZeRO-1 or 2 `optimizer` where `round_robin_gradients` moved it.
+
+    DeepSpeed 0.14.4 to 0.19.8 reorders parameters for that setting, partitions them in the new order and links them to
+    their fp32 weights in the old one, so that reading or setting a weight reaches another's place.
+    """
+    own = optimizer.bit16_groups
+    optimizer.bit16_groups = optimizer.round_robin_bit16_groups
+    optimizer._link_all_hp_params()
+    optimizer.bit16_groups = own
 
 
 def full_weight(parameter: nn.Parameter) -> Tensor:
