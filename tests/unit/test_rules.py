@@ -197,6 +197,19 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         ],
     ),
     (
+        "selective_checkpointing_cannot_repeat_stage_3",
+        [
+            (
+                "training.activation_checkpointing",
+                {"strategy": "zero3", "training.activation_checkpointing": "selective"},
+            )
+        ],
+        [
+            {"strategy": "zero3", "training.activation_checkpointing": "full"},
+            {"strategy": "fsdp", "training.activation_checkpointing": "selective"},
+        ],
+    ),
+    (
         "compile_cannot_see_through_stage_3",
         [("training.compile", {"strategy": "zero3", "training.compile": True})],
         [{"strategy": "zero2", "training.compile": True}, {"strategy": "fsdp", "training.compile": True}],

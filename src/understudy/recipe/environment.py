@@ -19,8 +19,10 @@ __all__ = [
     "child_environment",
     "chosen_threads",
     "console_descriptor",
+    "extensions_directory",
     "launcher_process",
     "process_environment",
+    "set_build_environment",
     "visible_devices",
 ]
 
@@ -57,6 +59,20 @@ def cache_directory() -> Path:
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
     """What a process that we start gets: all that we got, and `additions`."""
     return {**os.environ, **additions}
+
+
+def set_build_environment(extensions: Path, tools: Path) -> None:
+    """For compilers that run in this process: compiled extensions go to `extensions`, unless the user named another
+    directory, and programs beside `tools` are found even where their environment was not activated."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(extensions))
+    directories = os.environ.get("PATH", "").split(os.pathsep)
+    if str(tools) not in directories:
+        os.environ["PATH"] = os.pathsep.join([*directories, str(tools)])
+
+
+def extensions_directory() -> Path:
+    """Where compiled extensions are; `set_build_environment` came first."""
+    return Path(os.environ["TORCH_EXTENSIONS_DIR"])
 
 
 def chosen_threads() -> int | None:

@@ -301,6 +301,17 @@ def nvme_offload_has_a_path(recipe: Recipe) -> Violations:
 
 
 @rule
+def selective_checkpointing_cannot_repeat_stage_3(recipe: Recipe) -> Violations:
+    strategy, kind = recipe.strategy, recipe.training.activation_checkpointing
+    if kind == "selective" and isinstance(strategy, DeepSpeed) and effective_deepspeed(strategy).stage == 3:
+        yield (
+            "training.activation_checkpointing",
+            "ZeRO stage 3 gathers parameters inside the layers that `selective` would partly recompute; "
+            "take `full` or `none`, or take fsdp, which shards as much.",
+        )
+
+
+@rule
 def compile_cannot_see_through_stage_3(recipe: Recipe) -> Violations:
     strategy = recipe.strategy
     if recipe.training.compile and isinstance(strategy, DeepSpeed) and effective_deepspeed(strategy).stage == 3:

@@ -6,7 +6,7 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from types import ModuleType
+from importlib import metadata
 from typing import Any, cast
 
 import torch
@@ -20,6 +20,7 @@ from understudy.parallel.world import World
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.strategies.base import MakeModel, MakeOptimizer, ModuleStrategy, materialize
+from understudy.strategies.compiled_operators import build_operators, choose_directory
 from understudy.strategies.engine_config import engine_config
 from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision, compute_in
@@ -32,7 +33,23 @@ from understudy.strategies.zero_partitions import (
     spec_of,
 )
 
-__all__ = ["ReplicatedEngine", "ZeroEngine", "import_deepspeed", "make"]
+__all__ = ["ReplicatedEngine", "ZeroEngine", "make", "prepare"]
+
+
+def prepare(recipe: Recipe) -> None:
+    """Compiles what the strategy needs, which can take minutes: before any process waits for another (P7)."""
+    _build_operators(import_deepspeed(), recipe)
+
+
+def _build_operators(deepspeed: Any, recipe: Recipe) -> None:
+    _, optimizer, parameters = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
+    accelerator = deepspeed.accelerator.get_accelerator()
+    builders = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
+    if optimizer != "none":
+        builders.append("CPUAdamBuilder")
+    if "nvme" in (optimizer, parameters):
+        builders.append("AsyncIOBuilder")
+    build_operators(accelerator, builders)
 
 
 def make(recipe: Recipe, device: torch.device, world: World, precision: Precision) -> ReplicatedEngine | ZeroEngine:
@@ -42,30 +59,29 @@ def make(recipe: Recipe, device: torch.device, world: World, precision: Precisio
     return strategy(recipe, device, world, precision)
 
 
-def import_deepspeed() -> ModuleType:
+def import_deepspeed() -> Any:
     """DeepSpeed, quietened; raises `UserError` saying what to install where it is absent."""
     try:
-        module = importlib.import_module("deepspeed")
-    except ModuleNotFoundError as error:
-        if error.name != "deepspeed":
-            raise
+        choose_directory(metadata.version("deepspeed"))
+    except metadata.PackageNotFoundError:
         raise UserError(
             "this strategy needs DeepSpeed, which is not installed; run `pip install 'understudy[deepspeed]'` "
             "or choose `strategy: fsdp` or `strategy: ddp`."
         ) from None
+    module = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return module
 
 
-def _joined_deepspeed() -> Any:
+def _joined_deepspeed(recipe: Recipe) -> Any:
     """DeepSpeed on the process group that exists already."""
-    deepspeed: Any = import_deepspeed()
+    deepspeed = import_deepspeed()
+    _build_operators(deepspeed, recipe)
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False)
     return deepspeed
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
-    deepspeed = _joined_deepspeed()
+def _initialize(deepspeed: Any, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     # DeepSpeed 0.14.4 casts buffers too, which would round rotary frequencies to the compute dtype.
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
@@ -93,13 +109,14 @@ class ReplicatedEngine(TorchStrategy):
         self.recipe = recipe
 
     def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
+        deepspeed = _joined_deepspeed(self.recipe)
         module = cast(LanguageModel, make_model())
         config = _config(self.recipe, self.precision, self.world, module)
         materialize(module, self.device, self.precision.weights)
         compute_in(module, self.precision.compute)
         self.module = module
         self.optimizer = make_optimizer(self._parameters().items())
-        self.engine = _initialize(module, self.optimizer, config)
+        self.engine = _initialize(deepspeed, module, self.optimizer, config)
         self.module = self.engine
 
     def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
@@ -125,7 +142,8 @@ class ZeroEngine(ModuleStrategy):
         self.stage, self.offload_optimizer, _ = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
 
     def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
-        accelerator = _joined_deepspeed().accelerator.get_accelerator()
+        deepspeed = _joined_deepspeed(self.recipe)
+        accelerator = deepspeed.accelerator.get_accelerator()
         if self.precision.loss_scaling and not accelerator.is_fp16_supported():
             raise UserError(
                 f"DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
@@ -140,7 +158,7 @@ class ZeroEngine(ModuleStrategy):
         named = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         optimizer = make_optimizer(named.items()) if self.offload_optimizer == "none" else self._host_adamw(named)
         self._named = named
-        self.engine = _initialize(module, optimizer, config)
+        self.engine = _initialize(deepspeed, module, optimizer, config)
         if self.stage < 3:
             link_in_partition_order(self.engine.optimizer)
         self.module = self.engine

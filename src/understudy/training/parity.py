@@ -21,6 +21,7 @@ from understudy.recipe.load import load_recipe
 from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import Evaluation, Logging, Recipe
 from understudy.recipe.source_map import SourceMap
+from understudy.strategies.registry import prepare_strategy
 from understudy.training.job import Job, write_job
 from understudy.training.prepare import prepare_job
 
@@ -91,6 +92,8 @@ def compare_strategies(
     resolved = [_resolved(recipe, fixed, strategy, size, machine) for strategy, size in cases]
     reference_recipe, sources = resolved[0]
     job = prepare_job(reference_recipe, sources, report).job
+    for case, _ in resolved[1:]:
+        prepare_strategy(case)
     tolerance = TOLERANCES[reference_recipe.training.precision]
     with tempfile.TemporaryDirectory(prefix="understudy-parity-") as scratch:
         reference = _run(job, reference_recipe, Path(scratch) / "reference", machine)

@@ -23,6 +23,7 @@ from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
+from understudy.strategies.registry import prepare_strategy
 from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
@@ -58,6 +59,8 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         model = make_language_model(directory, recipe.model, find_device())
         open_weights(directory, model)
     config = model.config.get_text_config()
+    with sources.placing("strategy"):
+        prepare_strategy(recipe)
     data = prepare_data(
         recipe,
         sources,
