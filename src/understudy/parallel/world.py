@@ -39,9 +39,9 @@ def process_group(environment: ProcessEnvironment, device: torch.device, backend
     """
     world = World(environment.rank, environment.world_size, environment.local_rank, environment.local_world_size)
     # DeepSpeed and torch look these up themselves; srun and in-process runs do not set them.
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-    os.environ.setdefault("RANK", str(world.rank))
-    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    added = [name for name in place if name not in os.environ]
+    os.environ.update({name: str(place[name]) for name in added})
     dist.init_process_group(
         backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
         init_method=environment.rendezvous,
@@ -58,3 +58,5 @@ def process_group(environment: ProcessEnvironment, device: torch.device, backend
         # interpreter's exit, aborts the process.
         gc.collect()
         dist.destroy_process_group()
+        for name in added:  # else a command started from here would take itself for one of the group
+            os.environ.pop(name, None)
