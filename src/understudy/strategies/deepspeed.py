@@ -68,7 +68,13 @@ def import_deepspeed() -> Any:
             "this strategy needs DeepSpeed, which is not installed; run `pip install 'understudy[deepspeed]'` "
             "or choose `strategy: fsdp` or `strategy: ddp`."
         ) from None
-    module = importlib.import_module("deepspeed")
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it says on stdout which accelerator it took, while it is imported
+    try:
+        module = importlib.import_module("deepspeed")
+        module.accelerator.get_accelerator()
+    finally:
+        logging.disable(disabled)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return module
 
