@@ -102,12 +102,25 @@ def _config(recipe: Recipe, precision: Precision, world: World, module: Language
         recipe,
         precision,
         world_size=world.size,
-        hidden_size=int(module.config.hidden_size),
+        hidden_size=int(module.config.get_text_config().hidden_size),
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
 
 
-class ReplicatedEngine(TorchStrategy):
+class _EngineBackward:
+    """The engine is told which micro-batch closes a step, and to leave the scale of the loss to us."""
+
+    engine: Any
+
+    def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+
+class ReplicatedEngine(_EngineBackward, TorchStrategy):
     """ZeRO stage 0: the engine all-reduces gradients at the end of a step; clipping and scaling are ours."""
 
     def __init__(self, recipe: Recipe, device: torch.device, world: World, precision: Precision) -> None:
@@ -125,13 +138,6 @@ class ReplicatedEngine(TorchStrategy):
         self.engine = _initialize(deepspeed, module, self.optimizer, config)
         self.module = self.engine
 
-    def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        self.engine.set_gradient_accumulation_boundary(last)
-        return nullcontext()
-
-    def _backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
-
     def _step(self) -> None:
         self.engine.step()
 
@@ -139,7 +145,7 @@ class ReplicatedEngine(TorchStrategy):
         self.engine.zero_grad()
 
 
-class ZeroEngine(ModuleStrategy):
+class ZeroEngine(_EngineBackward, ModuleStrategy):
     """ZeRO stages 1–3: the engine owns master weights, moments, clipping and loss scaling."""
 
     def __init__(self, recipe: Recipe, device: torch.device, world: World, precision: Precision) -> None:
@@ -182,13 +188,6 @@ class ZeroEngine(ModuleStrategy):
         )
         return optimizer
 
-    def _accumulating(self, *, last: bool) -> AbstractContextManager[object]:
-        self.engine.set_gradient_accumulation_boundary(last)
-        return nullcontext()
-
-    def _backward(self, loss: Tensor) -> None:
-        self.engine.backward(loss, scale_wrt_gas=False)
-
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
         total = super().forward_backward(micro_batches, objective, num_tokens)
         if not self._refuses_infinite_gradients() and not torch.isfinite(total.loss):
@@ -210,7 +209,7 @@ class ZeroEngine(ModuleStrategy):
         if getattr(self.engine.optimizer, "overflow", False):
             self._forget_gradients()
             # DeepSpeed 0.14.4 leaves the norm of the step before.
-            return torch.tensor(float("inf"))
+            return torch.tensor(float("inf"), device=self.device)
         return torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
 
     def _forget_gradients(self) -> None:

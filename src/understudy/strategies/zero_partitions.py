@@ -21,8 +21,11 @@ def link_in_partition_order(optimizer: Any) -> None:
     """Lets DeepSpeed's helpers find each weight in the ZeRO-1 or 2 `optimizer` where `round_robin_gradients` moved it.
 
     DeepSpeed 0.14.4 to 0.19.8 reorders parameters for that setting, partitions them in the new order and links them to
-    their fp32 weights in the old one, so that reading or setting a weight reaches another's place.
+    their fp32 weights in the old one, so that reading or setting a weight reaches another's place. Stage 1 in bf16 has
+    an optimizer of its own, which reorders nothing.
     """
+    if not hasattr(optimizer, "round_robin_bit16_groups"):
+        return
     own = optimizer.bit16_groups
     optimizer.bit16_groups = optimizer.round_robin_bit16_groups
     optimizer._link_all_hp_params()
