@@ -76,8 +76,10 @@ def _wsd(run: _Run, step: int) -> float:
 
 
 def _step(run: _Run, step: int) -> float:
-    """`gamma` once for each `step_epochs` epochs completed, never below the minimum."""
-    drops = step // (run.steps_per_epoch * run.schedule.step_epochs)
+    """`gamma` once for each `step_epochs` epochs completed, not counting those that the warmup took, never below the
+    minimum."""
+    period = run.steps_per_epoch * run.schedule.step_epochs
+    drops = step // period - run.peak_step // period
     return max(run.schedule.gamma**drops, run.schedule.min_ratio)
 
 
