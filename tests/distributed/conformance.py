@@ -21,7 +21,14 @@ ADAMW = {"kind": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
 
 
 def case(
-    model: Path, strategy: Any, optimizer: dict[str, Any], steps: int, *, poisoned_steps: int = 0, **training: Any
+    model: Path,
+    strategy: Any,
+    optimizer: dict[str, Any],
+    steps: int,
+    *,
+    poisoned_steps: int = 0,
+    count_reads: bool = False,
+    **training: Any,
 ) -> dict[str, Any]:
     parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
     recipe = {
@@ -34,7 +41,13 @@ def case(
         "training": {"precision": "fp32", "max_grad_norm": None, "activation_checkpointing": "none", **training},
         "parallel": parallel,
     }
-    return {"recipe": recipe, "model": str(model), "steps": steps, "poisoned_steps": poisoned_steps}
+    return {
+        "recipe": recipe,
+        "model": str(model),
+        "steps": steps,
+        "poisoned_steps": poisoned_steps,
+        "count_reads": count_reads,
+    }
 
 
 def write_models(root: Path) -> dict[bool, Path]:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.distributed import scenario
-from understudy.contracts import Batch, LossSum, Objective
+from understudy.contracts import Batch, LazyTensor, LossSum, Objective
 from understudy.devices.device import find_device
 from understudy.errors import DivergedError
 from understudy.models.build import make_language_model
@@ -39,6 +39,28 @@ class Poisoned:
         return LossSum(loss * float("inf"), num_tokens, metrics)
 
 
+class CountingReader:
+    """Counts the elements that a strategy reads."""
+
+    def __init__(self, directory: Path) -> None:
+        self.reader = WeightReader(directory)
+        self.elements = 0
+
+    def __call__(self, name: str) -> LazyTensor:
+        return Counted(self, self.reader(name))
+
+
+class Counted:
+    def __init__(self, counter: CountingReader, stored: LazyTensor) -> None:
+        self.counter, self.stored = counter, stored
+        self.shape, self.dtype = stored.shape, stored.dtype
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> torch.Tensor:
+        part = self.stored[index]
+        self.counter.elements += part.numel()
+        return part
+
+
 def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any]:
     recipe = Recipe.model_validate(case["recipe"])
     directory = Path(case["model"])
@@ -48,7 +70,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
         lambda: make_language_model(directory, recipe.model, device),
         lambda named: make_optimizer(recipe.optimizer, named, fused=False),
     )
-    strategy.load_state(WeightReader(directory))
+    reader = CountingReader(directory)
+    strategy.load_state(reader)
     objective = make_objective(recipe.objective)
     for step in range(case["poisoned_steps"]):
         batches = scenario.micro_batches(step, world.rank, world.size)
@@ -71,6 +94,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     if world.rank == 0:
         assert list(mine) == list(strategy.layout())
         save_file({name: tensor.contiguous() for name, tensor in mine.items()}, weights)
+    if case["count_reads"]:
+        return {"elements_read": reader.elements}
     return {"losses": losses, "norms": norms, "evaluation": float(evaluation.loss) / int(evaluation.num_tokens)}
 
 

@@ -6,6 +6,7 @@ heads, gradients that are not finite.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -134,3 +135,17 @@ def test_conformance_at_four_processes_one_of_them_idle(
     assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
     assert_same_trajectory(results[0]["tied"], trajectory(models[True]), LOSS_TOLERANCE, NORM_TOLERANCE)
     assert_same_weights(tmp_path / "tied.safetensors", trajectory(models[True]), WEIGHT_TOLERANCE)
+
+
+def test_a_rank_reads_only_the_weights_it_will_hold(models: dict[bool, Path], tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    strategies = {"ddp": "ddp", "fsdp": "fsdp", "zero3": {"kind": "deepspeed", "config": str(file)}}
+    cases = {name: case(models[True], strategy, ADAMW, 1, count_reads=True) for name, strategy in strategies.items()}
+    results = run_processes(WORKER, 2, tmp_path, {"cases": cases})
+    whole = results[0]["ddp"]["elements_read"]
+    assert whole == sum(tensor.numel() for tensor in trajectory(models[True]).weights.values())
+    for result in results:
+        assert result["fsdp"]["elements_read"] == whole / 2
+        # A part may begin or end inside a row, and rows are read whole.
+        assert result["zero3"]["elements_read"] == pytest.approx(whole / 2, rel=0.01)
