@@ -111,6 +111,8 @@ def test_the_evaluation_share_is_the_same_each_time_and_apart_from_training(
     again = prepare(recipe(longer, eval_fraction=0.25), tokenizer, tmp_path / "cache")
     assert again.evaluation is not None
     assert {row for row in TokenCache.open(again.evaluation).row.tolist() if row < 40} == held_out
+    reseeded = prepare(recipe(rows, eval_fraction=0.25, seed=7), tokenizer, tmp_path / "cache")
+    assert reseeded.evaluation == found.evaluation
 
 
 def test_overflow_truncates_drops_or_splits(tmp_path: Path, tokenizer: Path) -> None:

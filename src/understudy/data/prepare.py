@@ -128,7 +128,7 @@ class _Preparation:
                     [rows.identity(digest), source.format, dict(source.columns), source.max_samples]
                     for source, rows in zip(wanted.sources, wanted.found)
                 ],
-                "share": [wanted.share.side, wanted.share.fraction, wanted.share.seed],
+                "share": [wanted.share.side, wanted.share.fraction],
                 "tokenizer": tokenizer_digest(self.tokenizer_dir, digest),
                 "chat_template": _template_identity(data.chat_template, digest),
                 "max_length": data.max_length,
