@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +18,7 @@ SHOWN_ANSWERS = 3
 SHOWN_CHARACTERS = 160
 
 
-class ConsoleSink(Sink):
+class ConsoleSink(Sink, ABC):
     """What both kinds of console show of evaluations; training rows are the subclasses' business."""
 
     def __init__(self, facts: RunFacts) -> None:
@@ -31,8 +32,8 @@ class ConsoleSink(Sink):
         else:
             self.training_row(row)
 
-    def training_row(self, row: Row) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def training_row(self, row: Row) -> None: ...
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         for number, answer in enumerate(answers[:SHOWN_ANSWERS]):
