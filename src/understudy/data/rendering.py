@@ -94,6 +94,7 @@ class Renderer:
         if not start <= end:
             raise _lost(turn)
         end = self._without_trailing_space(text, start, end)
+        _require_calls(conversation.messages[turn], turn, text[start:end])
         self._learn(conversation, turn, text, start, end)
         return (start, end) if start < end else None
 
@@ -187,6 +188,17 @@ def _replacements(message: Message, marker: str) -> Iterator[Message]:
 def _common_prefix(one: str, other: str) -> str:
     length = next((i for i, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
     return one[:length]
+
+
+def _require_calls(message: Message, turn: int, said: str) -> None:
+    """Raises `UserError` when the template left out a tool call: many render only role and content, and the model would
+    learn to say nothing instead."""
+    for call in message.get("tool_calls", ()):
+        if call["function"]["name"] not in said:
+            raise UserError(
+                f"the chat template leaves out the tool call {call['function']['name']!r} of message {turn + 1}; set "
+                "data.chat_template to a template that renders tool calls."
+            )
 
 
 def _lost(turn: int) -> UserError:

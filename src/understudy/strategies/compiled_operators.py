@@ -16,6 +16,7 @@ import torch
 from filelock import FileLock
 
 from understudy.errors import UserError
+from understudy.recipe.cache_disk import writing_cache
 from understudy.recipe.environment import cache_directory, extensions_directory, set_build_environment
 
 __all__ = ["build_operators", "choose_directory"]
@@ -38,8 +39,9 @@ def build_operators(accelerator: Any, builders: Iterable[str]) -> None:
     Raises `UserError` with the compiler's words when one cannot be built. No collective.
     """
     directory = extensions_directory()
-    directory.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory / "build.lock"):
+    with writing_cache(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / "build.lock"), writing_cache(directory):
         for stale in directory.glob(f"*/{STALE_LOCK}"):
             stale.unlink(missing_ok=True)
         for name in builders:

@@ -1,0 +1,81 @@
+"""DeepSpeed's operators are built ahead, each release in its own directory, and a failure is a sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from understudy.errors import UserError
+from understudy.recipe.environment import extensions_directory
+from understudy.strategies.compiled_operators import build_operators, choose_directory
+
+pytestmark = pytest.mark.unit
+
+
+class Builder:
+    name = "cpu_adam"
+
+    def __init__(self, problem: Exception | None = None) -> None:
+        self.problem = problem
+        self.loaded = 0
+
+    def load(self, *, verbose: bool) -> None:
+        if self.problem is not None:
+            raise self.problem
+        self.loaded += 1
+
+
+class Accelerator:
+    def __init__(self, **builders: Builder) -> None:
+        self.builders = builders
+
+    def create_op_builder(self, name: str) -> Builder | None:
+        return self.builders.get(name)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    return tmp_path / "extensions"
+
+
+def test_a_lock_that_a_killed_process_left_does_not_hold_up_the_next(directory: Path) -> None:
+    stale = directory / "cpu_adam" / "lock"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    builder = Builder()
+    build_operators(Accelerator(CPUAdamBuilder=builder), ["CPUAdamBuilder", "NotOnThisAcceleratorBuilder"])
+    assert builder.loaded == 1
+    assert not stale.exists()
+
+
+def test_a_failed_build_gives_the_compilers_words_and_the_way_out(directory: Path) -> None:
+    problem = RuntimeError(
+        "Error building extension 'cpu_adam'\n[1/3] c++ …\nadam.cpp:3:10: fatal error: Python.h: none"
+    )
+    with pytest.raises(UserError, match=r"cpu_adam could not be compiled \(adam\.cpp:3:10: fatal error.*install"):
+        build_operators(Accelerator(CPUAdamBuilder=Builder(problem)), ["CPUAdamBuilder"])
+
+
+def test_releases_do_not_share_a_directory_unless_the_user_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path))
+    chosen = set()
+    for release in ("0.14.4", "0.19.8"):
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+        choose_directory(release)
+        chosen.add(extensions_directory())
+    assert len(chosen) == 2
+    assert all(tmp_path in path.parents for path in chosen)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", "/somewhere")
+    choose_directory("0.19.8")
+    assert extensions_directory() == Path("/somewhere")
+
+
+def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
+    with pytest.raises(UserError, match="cannot be written"):
+        build_operators(Accelerator(), [])
