@@ -92,6 +92,11 @@ def test_tool_calls_are_supervised_and_tool_results_are_not() -> None:
     assert found == [call, "<think>\n\n</think>\n\nHello. <|im_end|>"]
 
 
+def test_a_template_that_leaves_out_tool_calls_is_refused() -> None:
+    with pytest.raises(UserError, match=r"leaves out the tool call 'weather' of message 2; set data\.chat_template"):
+        renderer(chat_templates.CHATML).render(Conversation([USER, CALL, RESULT, ANSWER], TOOLS))
+
+
 def test_reasoning_is_supervised_where_it_is_rendered() -> None:
     thinking = {"role": "assistant", "content": "4", "reasoning_content": "2+2"}
     assert spans("qwen3", [USER, thinking]) == ["<think>\n2+2\n</think>\n\n4<|im_end|>"]
