@@ -50,6 +50,17 @@ def test_a_lock_that_a_killed_process_left_does_not_hold_up_the_next(directory: 
     assert not stale.exists()
 
 
+def test_what_is_to_be_compiled_is_said_before_it_takes_minutes(directory: Path) -> None:
+    (directory / "pin_memory").mkdir(parents=True)
+    (directory / "pin_memory" / "pin_memory.so").touch()
+    built, missing = Builder(), Builder()
+    built.name = "pin_memory"
+    said: list[str] = []
+    build_operators(Accelerator(built=built, missing=missing), ["built", "missing"], said.append)
+    assert len(said) == 1
+    assert said[0].startswith("compiling DeepSpeed's operator cpu_adam")
+
+
 def test_a_failed_build_gives_the_compilers_words_and_the_way_out(directory: Path) -> None:
     problem = RuntimeError(
         "Error building extension 'cpu_adam'\n[1/3] c++ …\nadam.cpp:3:10: fatal error: Python.h: none"

@@ -8,7 +8,7 @@ directory, and one process at a time builds there, behind a lock that dies with 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ def choose_directory(deepspeed_version: str) -> None:
     set_build_environment(cache_directory() / "extensions" / release, Path(sys.executable).parent)
 
 
-def build_operators(accelerator: Any, builders: Iterable[str]) -> None:
+def build_operators(
+    accelerator: Any, builders: Iterable[str], report: Callable[[str], None] = lambda line: None
+) -> None:
     """Loads the operators of DeepSpeed's `builders` on its `accelerator`, compiling those that are not there yet, which
-    takes a minute each. One that the accelerator does not have is left out.
+    takes a minute each; `report` is given a line about each of them. One that the accelerator does not have is left
+    out.
 
     Raises `UserError` with the compiler's words when one cannot be built. No collective.
     """
@@ -48,6 +51,8 @@ def build_operators(accelerator: Any, builders: Iterable[str]) -> None:
             builder = accelerator.create_op_builder(name)
             if builder is None:
                 continue
+            if not (directory / builder.name / f"{builder.name}.so").exists():
+                report(f"compiling DeepSpeed's operator {builder.name}, once on this machine; this can take minutes …")
             try:
                 builder.load(verbose=False)
             except (RuntimeError, ImportError, OSError) as problem:

@@ -36,12 +36,12 @@ from understudy.strategies.zero_partitions import (
 __all__ = ["ReplicatedEngine", "ZeroEngine", "make", "prepare"]
 
 
-def prepare(recipe: Recipe) -> None:
+def prepare(recipe: Recipe, report: Callable[[str], None]) -> None:
     """Compiles what the strategy needs, which can take minutes: before any process waits for another (P7)."""
-    _build_operators(import_deepspeed(), recipe)
+    _build_operators(import_deepspeed(), recipe, report)
 
 
-def _build_operators(deepspeed: Any, recipe: Recipe) -> None:
+def _build_operators(deepspeed: Any, recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> None:
     _, optimizer, parameters = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
     accelerator = deepspeed.accelerator.get_accelerator()
     builders = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
@@ -49,7 +49,7 @@ def _build_operators(deepspeed: Any, recipe: Recipe) -> None:
         builders.append("CPUAdamBuilder")
     if "nvme" in (optimizer, parameters):
         builders.append("AsyncIOBuilder")
-    build_operators(accelerator, builders)
+    build_operators(accelerator, builders, report)
 
 
 def make(recipe: Recipe, device: torch.device, world: World, precision: Precision) -> ReplicatedEngine | ZeroEngine:

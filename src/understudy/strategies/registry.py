@@ -6,6 +6,7 @@ A new file is a new strategy.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
@@ -18,12 +19,12 @@ from understudy.strategies.precision import precision_of
 __all__ = ["make_strategy", "prepare_strategy"]
 
 
-def prepare_strategy(recipe: Recipe) -> None:
-    """What a resolved recipe's strategy can do before there are processes, such as compiling; raises `UserError` when
-    it cannot run here."""
+def prepare_strategy(recipe: Recipe, report: Callable[[str], None]) -> None:
+    """What a resolved recipe's strategy can do before there are processes, such as compiling; `report` is given a line
+    about what takes time. Raises `UserError` when it cannot run here."""
     prepare = getattr(_module(recipe), "prepare", None)
     if prepare is not None:
-        prepare(recipe)
+        prepare(recipe, report)
 
 
 def make_strategy(recipe: Recipe, device: torch.device, world: World) -> Strategy:

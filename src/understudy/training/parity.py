@@ -93,7 +93,7 @@ def compare_strategies(
     reference_recipe, sources = resolved[0]
     job = prepare_job(reference_recipe, sources, report).job
     for case, _ in resolved[1:]:
-        prepare_strategy(case)
+        prepare_strategy(case, report)
     tolerance = TOLERANCES[reference_recipe.training.precision]
     with tempfile.TemporaryDirectory(prefix="understudy-parity-") as scratch:
         reference = _run(job, reference_recipe, Path(scratch) / "reference", machine)

@@ -60,7 +60,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         open_weights(directory, model)
     config = model.config.get_text_config()
     with sources.placing("strategy"):
-        prepare_strategy(recipe)
+        prepare_strategy(recipe, report)
     data = prepare_data(
         recipe,
         sources,
