@@ -27,7 +27,9 @@ def model_directory(model: schema.Model) -> Path:
     pretrained = model.init == "pretrained"
     directory = _local_or_snapshot(model.path, model.revision, _TOKENIZER_FILES + (_WEIGHT_FILES if pretrained else []))
     if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; check model.path.")
+        inside = directory / "model"
+        instead = f"name {inside}" if (inside / "config.json").is_file() else "check model.path"
+        raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; {instead}.")
     if pretrained:
         _require_safetensors(directory)
     return directory
