@@ -108,6 +108,7 @@ def partition_as_built(module: nn.Module, config: dict[str, Any], device: torch.
     import deepspeed
 
     fresh: dict[int, nn.Parameter] = {}
+    swapper = None  # for parameters on NVMe: one, since each has gigabytes of buffers
     for child in _children_first(module):
         own = list(child.named_parameters(recurse=False))
         for name, parameter in own:
@@ -118,7 +119,10 @@ def partition_as_built(module: nn.Module, config: dict[str, Any], device: torch.
         for name, buffer in list(child.named_buffers(recurse=False)):
             setattr(child, name, buffer.to(device))
         if own:
-            deepspeed.zero.Init(module=child, config_dict_or_path=config, dtype=dtype)
+            partitioned = deepspeed.zero.Init(
+                module=child, config_dict_or_path=config, dtype=dtype, param_swapper=swapper
+            )
+            swapper = partitioned.param_swapper
 
 
 def _children_first(module: nn.Module) -> list[nn.Module]:
