@@ -20,7 +20,17 @@ def test_parity_prints_one_object_and_no_run_is_left_behind(tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    arguments = [str(RECIPE), "--strategies", "ddp,zero2", "--processes", "2", "--steps", "2", "--json"]
+    arguments = [
+        str(RECIPE),
+        "training.epochs=1",
+        "--strategies",
+        "ddp,zero2",
+        "--processes",
+        "2",
+        "--steps",
+        "2",
+        "--json",
+    ]
     result = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert result.exception is None, result.output
     seen = json.loads(result.stdout)

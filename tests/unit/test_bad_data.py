@@ -104,6 +104,16 @@ def test_a_directory_without_data_or_of_several_kinds_is_refused(tokenizer: Path
     (folder / "a.txt").write_text("a")
     (folder / "b.jsonl").write_text(GOOD)
     assert "several kinds (jsonl, txt)" in refusal(recipe(folder), tokenizer, tmp_path).message
+
+
+def test_a_directory_where_only_some_files_name_a_split_is_refused_not_half_read(
+    tokenizer: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("more.jsonl", "train.jsonl"):
+        (folder / name).write_text(GOOD)
+    assert "others that name none (more.jsonl)" in refusal(recipe(folder), tokenizer, tmp_path).message
     (tmp_path / "a.pdf").write_text("a")
     assert "no known kind of data" in refusal(recipe(tmp_path / "a.pdf"), tokenizer, tmp_path).message
 

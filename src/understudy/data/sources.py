@@ -128,6 +128,12 @@ def _of_split(files: list[Path], path: Path, source: DataSource) -> list[Path]:
     wanted = _split_of(source.split) or source.split
     if wanted not in named:
         raise UserError(f"{path} has the splits {', '.join(sorted(named))} but no {source.split!r}; set split.")
+    if unnamed := [file for file, split in splits.items() if split is None]:
+        raise UserError(
+            f"{path} holds files of the splits {', '.join(sorted(named))} and others that name none "
+            f"({unnamed[0].relative_to(path)}); name the files to read, one by one or by a pattern such as "
+            f"{path / ('*' + unnamed[0].suffix)}."
+        )
     return [file for file in files if splits[file] == wanted]
 
 

@@ -137,7 +137,7 @@ class Schedule(Section):
 
 class Training(Section):
     epochs: Annotated[float, Field(gt=0.0, le=100_000.0)] = 3
-    """Passes over the training data; ignored when `max_steps` is given."""
+    """Passes over the training data, where `max_steps` is not given."""
     max_steps: Count | None = None
     """Optimizer steps, over as many epochs as they take."""
     global_batch_size: Count = 32

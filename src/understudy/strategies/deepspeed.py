@@ -159,7 +159,8 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
         if self.precision.loss_scaling and not accelerator.is_fp16_supported():
             raise UserError(
                 f"DeepSpeed does not train in fp16 on this device ({accelerator.device_name()}); "
-                "set training.precision to bf16 or fp32, or choose `strategy: ddp` or `strategy: fsdp`."
+                "set training.precision to bf16 or fp32, or choose `strategy: ddp` or `strategy: fsdp`.",
+                key="training.precision",
             )
         module = cast(LanguageModel, make_model())
         config = _config(self.recipe, self.precision, self.world, module)

@@ -50,6 +50,6 @@ class DivergenceGuard(Hook):
         if self._most_in_a_row is not None and (count := int(self._most_in_a_row)) > self._allowed:
             raise DivergedError(
                 f"the loss or its gradient was not finite on {count} steps in a row, at step {step}; the weights were "
-                "left as they were before these steps. Lower optimizer.learning_rate, or use training.precision=bf16 "
-                "or fp32."
+                "left as they were before these steps. Lower optimizer.learning_rate; in fp16, bf16 and fp32 have more "
+                "range."
             )

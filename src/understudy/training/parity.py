@@ -87,11 +87,15 @@ def compare_strategies(
     they are. Everything runs as `train` does, in temporary directories. Raises `UserError` when a strategy cannot run
     the recipe, before any has run."""
     machine = detect_machine()
-    fixed = (*overrides, f"training.max_steps={steps}")
+    # The number of steps is ours to say, in place of any that the user's overrides give.
+    lengths = ("training.max_steps=", "training.epochs=")
+    fixed = (*(each for each in overrides if not each.startswith(lengths)), f"training.max_steps={steps}")
     cases = [(REFERENCE, 1), *((strategy, processes) for strategy in strategies)]
     resolved = [_resolved(recipe, fixed, strategy, size, machine) for strategy, size in cases]
     reference_recipe, sources = resolved[0]
     job = prepare_job(reference_recipe, sources, report).job
+    if dropout := _dropout(job.model_directory):
+        report(f"{', '.join(dropout)} draw at random on each process: set them to 0 in model.config to compare")
     for case, _ in resolved[1:]:
         prepare_strategy(case, report)
     tolerance = TOLERANCES[reference_recipe.training.precision]
@@ -101,6 +105,16 @@ def compare_strategies(
             report(f"{strategy}: {steps} steps in {size} processes")
             run = _run(job, resolved[index][0], Path(scratch) / str(index), machine)
             yield _difference(strategy, size, run, reference, job.model_directory), tolerance
+
+
+def _dropout(model: Path) -> list[str]:
+    """Fields of the model's configuration that drop activations at random: then no two strategies can agree."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    return [
+        name
+        for name, value in config.items()
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value > 0
+    ]
 
 
 def _resolved(

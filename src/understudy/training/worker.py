@@ -162,7 +162,8 @@ def _loaded_strategy(
     if recipe.training.compile:
         model.compile_layers()
     strategy = make_strategy(recipe, torch_device, world)
-    strategy.build(lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw))
+    with job.sources.placing("strategy"):
+        strategy.build(lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw))
     strategy.load_state(weights)
     compute = precision_of(recipe.training.precision).compute
     with job.sources.placing("model.path" if recipe.model.path else "model"):
