@@ -27,8 +27,10 @@ class _Run:
         return 0.0 if last <= start else min(max((step - start) / (last - start), 0.0), 1.0)
 
     def between(self, share: float) -> float:
-        """From `share` of the way down to the minimum: 1 is the peak, 0 the minimum; both exact."""
-        return self.schedule.min_ratio * (1.0 - share) + share
+        """From `share` of the way down to the minimum: 1 is the peak, 0 the minimum; both exact, and never rising as
+        `share` falls, not even by rounding."""
+        minimum = self.schedule.min_ratio
+        return 1.0 if share == 1.0 else min(1.0, minimum + share * (1.0 - minimum))
 
 
 def make_schedule(schedule: Schedule, *, peak: float, total_steps: int, steps_per_epoch: int) -> Callable[[int], float]:
