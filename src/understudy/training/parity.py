@@ -96,8 +96,9 @@ def compare_strategies(
     job = prepare_job(reference_recipe, sources, report).job
     if dropout := _dropout(job.model_directory):
         report(f"{', '.join(dropout)} draw at random on each process: set them to 0 in model.config to compare")
-    for case, _ in resolved[1:]:
-        prepare_strategy(case, report)
+    for case, case_sources in resolved[1:]:
+        with case_sources.placing("strategy"):
+            prepare_strategy(case, report)
     tolerance = TOLERANCES[reference_recipe.training.precision]
     with tempfile.TemporaryDirectory(prefix="understudy-parity-") as scratch:
         reference = _run(job, reference_recipe, Path(scratch) / "reference", machine)
