@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from understudy.optim.per_parameter import PerParameterOptimizer
+
 __all__ = ["ElementwiseOptimizer"]
 
 
-class ElementwiseOptimizer(torch.optim.Optimizer):
+class ElementwiseOptimizer(PerParameterOptimizer):
     """Adds `change` and weight decay to each weight; state has the parameter's dtype.
 
     A change is formed in fp32. Weights of a lower precision are summed after Kahan (Zamirai et al., 2020, "Revisiting
@@ -28,17 +29,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
         `state` is empty at the first step; fp32 tensors put into it are kept in the parameter's dtype.
         """
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("the gradient is computed before the step; a closure would compute it again.")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.float(), self.state[parameter], group)
-        return None
-
-    def _update(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         weight = parameter.float()
         change = self.change(grad, state, group).sub_(weight, alpha=group["lr"] * group["weight_decay"])
         if parameter.dtype == torch.float32:

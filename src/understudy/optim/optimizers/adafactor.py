@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from understudy.optim.groups import decay_groups
+from understudy.optim.per_parameter import PerParameterOptimizer
 from understudy.optim.shards import replicated
 from understudy.recipe.schema import Optimizer
 
@@ -25,7 +26,7 @@ def make(
     return Adafactor(decay_groups(named_parameters, optimizer.weight_decay), lr=optimizer.learning_rate)
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(PerParameterOptimizer):
     """Without momentum, with update clipping at 1 and a learning rate relative to each parameter's root mean square,
     as in the paper's algorithms 4 and 5; weight decay is decoupled.
 
@@ -36,18 +37,7 @@ class Adafactor(torch.optim.Optimizer):
     def __init__(self, params: list[dict[str, Any]], *, lr: float) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": 0.0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("the gradient is computed before the step; a closure would compute it again.")
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad.float(), group)
-        return None
-
-    def _update(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def update(self, parameter: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         state["step"] = state.get("step", torch.tensor(0.0)) + 1
         step = state["step"].item()
         weight = parameter.float()
