@@ -12,6 +12,7 @@ __all__ = [
     "LostProcessError",
     "OutOfMemoryError",
     "RecipeError",
+    "StoppedError",
     "UnderstudyError",
     "UserError",
     "Violation",
@@ -89,6 +90,19 @@ class LostProcessError(UnderstudyError):
     """A process or host died; the message names the rank and the cause."""
 
     exit_status = 5
+
+
+class StoppedError(UnderstudyError):
+    """Stopped on request; run again to go on.
+
+    `begun`: training had begun, so the run directory has something to keep.
+    """
+
+    exit_status = 75
+
+    def __init__(self, message: str, *, begun: bool = True) -> None:
+        super().__init__(message)
+        self.begun = begun
 
 
 def _one_line(message: str, file: str | None, line: int | None) -> str:

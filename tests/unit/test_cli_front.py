@@ -14,7 +14,7 @@ import pytest
 import understudy
 from understudy.cli import main as front
 from understudy.cli.arguments import recipe_arguments
-from understudy.errors import DivergedError, RecipeError, UserError, Violation
+from understudy.errors import DivergedError, RecipeError, StoppedError, UserError, Violation
 
 pytestmark = pytest.mark.unit
 
@@ -129,6 +129,11 @@ def caused_by(cause: BaseException) -> BaseException:
         (UserError("say so.", file="f", line=3), 2, "error: f:3: say so.\n"),
         (RecipeError([Violation("a", "one", "f", 1), Violation("b", "two")]), 2, "error: f:1: one\nerror: two\n"),
         (DivergedError("not finite"), 3, "error: not finite\n"),
+        (
+            StoppedError("stopped by SIGTERM after step 7; run again to go on."),
+            75,
+            "stopped by SIGTERM after step 7; run",
+        ),
         (KeyboardInterrupt(), 1, "\nerror: interrupted\n"),
         (click.UsageError("no"), 2, "error: no. See `understudy schema --help`.\n"),
         (FULL, 2, "error: /data/x: no space is left on the disk; free some, or choose another `output_dir`.\n"),

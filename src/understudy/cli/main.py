@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 
-from understudy.errors import UnderstudyError, is_full_disk
+from understudy.errors import StoppedError, UnderstudyError, is_full_disk
 
 __all__ = ["exit_status", "main", "program"]
 
@@ -79,6 +79,9 @@ def exit_status(arguments: Sequence[str]) -> int:
         return _fail(error.format_message(), error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         return _fail("interrupted", 1)
+    except StoppedError as error:  # as asked: no error
+        click.echo(str(error), err=True)
+        return error.exit_status
     except UnderstudyError as error:
         return _fail(str(error), error.exit_status)
     # The outermost frame: nothing may pass it without a status, and nothing is hidden.
