@@ -10,7 +10,7 @@ TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench test-compat format system-packages
+.PHONY: help quickstart test check bench test-matrix test-compat format system-packages
 
 help:
 	@echo "make quickstart       train the bundled tiny model, with 2 processes"
@@ -18,6 +18,7 @@ help:
 	@echo "make check            formatter, linter, types, import rules"
 	@echo "make format           format, and fix what the linter can"
 	@echo "make bench            measure throughput and memory against bare PyTorch"
+	@echo "make test-matrix      save under every strategy and world size, resume under every other"
 	@echo "make test-compat      run the conformance suite on $(OLDEST_DEEPSPEED)"
 	@echo "make system-packages  install what pip cannot, where this user may"
 
@@ -25,7 +26,7 @@ quickstart: $(VENV)/run.stamp
 	$(BIN)/understudy train recipes/quickstart.yaml --overwrite
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not device" tests/unit tests/distributed tests/real
+	$(BIN)/python -m pytest -m "not device and not matrix" tests/unit tests/distributed tests/real
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
@@ -40,6 +41,9 @@ format: $(VENV)/dev.stamp
 
 bench: $(VENV)/dev.stamp
 	$(BIN)/python -m benchmarks
+
+test-matrix: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/distributed -m matrix
 
 test-compat: $(COMPAT)/compat.stamp
 	$(COMPAT)/bin/python -m pytest tests/distributed -m distributed -k conformance

@@ -18,6 +18,7 @@ __all__ = [
     "Batch",
     "GlobalBatch",
     "LazyTensor",
+    "LossScale",
     "LossSum",
     "Objective",
     "Strategy",
@@ -126,6 +127,13 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
+class LossScale(NamedTuple):
+    """The factor on the loss, and the updates since it last changed."""
+
+    value: float
+    steps_since_change: int
+
+
 class LazyTensor(Protocol):
     """A tensor on disk of which only the part asked for is read."""
 
@@ -157,13 +165,31 @@ class Strategy(Protocol):
         """Sets weights from `read(name)`; each rank reads only what it holds."""
         ...
 
+    def load_optimizer_state(self, stored: Mapping[str, Mapping[str, LazyTensor]]) -> None:
+        """Sets optimizer state from `stored[parameter][key]`, as `optimizer_state` gave it under any strategy; each
+        rank reads only what it holds."""
+        ...
+
     def layout(self) -> Mapping[str, TensorSpec]:
         """Name, full shape and dtype of each weight that `state` yields, in order; the same on every rank."""
         ...
 
     def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
-        """Full weights in `layout` order, one at a time, on the CPU; a rank yields only those it owns."""
+        """Full weights in `layout` order, one at a time, on any device; a rank yields only those it owns. What it
+        yields may be the strategy's own memory, which the next step changes."""
         ...
+
+    def optimizer_layout(self) -> Mapping[str, TensorSpec]:
+        """As `layout`, of optimizer state: `<parameter>.<key>`, such as `model.norm.weight.exp_avg`. Moments have their
+        parameter's shape, counts are scalars. Empty before the first update."""
+        ...
+
+    def optimizer_state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        """As `state`, of optimizer state, in `optimizer_layout` order."""
+        ...
+
+    loss_scale: LossScale | None
+    """The dynamic loss scale of fp16, which a checkpoint must keep; None in other precisions."""
 
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
         """Accumulates ∂(Σ loss over the global batch) / ∂θ ÷ num_tokens (P2). Returns the sums over all ranks."""

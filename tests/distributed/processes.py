@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 280
 
 
-def run_processes(script: Path, world_size: int, scratch: Path, arguments: dict[str, Any]) -> list[dict[str, Any]]:
+def run_processes(
+    script: Path, world_size: int, scratch: Path, arguments: dict[str, Any], timeout_seconds: float = TIMEOUT_SECONDS
+) -> list[dict[str, Any]]:
     """Starts `script OUT ARGUMENTS` on every rank and returns each rank's `OUT`, a JSON object, in order of rank.
 
     Fails with the tail of every rank's output when one fails. Ranks meet in a file, so no port is guessed.
@@ -39,7 +41,7 @@ def run_processes(script: Path, world_size: int, scratch: Path, arguments: dict[
         )
         started.append(process)
     try:
-        statuses = [process.wait(timeout=TIMEOUT_SECONDS) for process in started]
+        statuses = [process.wait(timeout=timeout_seconds) for process in started]
     finally:
         for process in started:
             process.kill()

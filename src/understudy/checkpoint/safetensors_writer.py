@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from understudy.checkpoint.manifest import FileEntry
 from understudy.contracts import TensorSpec
 
 __all__ = ["SafetensorsWriter", "spec_bytes"]
@@ -30,6 +32,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 ALIGNMENT_BYTES = 8
+CHUNK_BYTES = 2**20
 
 
 def spec_bytes(spec: TensorSpec) -> int:
@@ -50,10 +53,17 @@ class SafetensorsWriter:
         self._partial = path.with_name(path.name + ".partial")
         self._layout = layout
         self._metadata = dict(metadata or {})
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and digest of what was written."""
+        return FileEntry(self._num_bytes, self._digest.hexdigest())
 
     def __enter__(self) -> SafetensorsWriter:
-        self._file = self._partial.open("wb")
-        self._file.write(_header(self._layout, self._metadata))
+        self._file = self._partial.open("wb", buffering=0)
+        self._put(memoryview(_header(self._layout, self._metadata)))
         self._expected = iter(self._layout.items())
         return self
 
@@ -63,7 +73,16 @@ class SafetensorsWriter:
         expected_name, spec = next(self._expected, (None, None))
         if spec is None or (name, tuple(tensor.shape), tensor.dtype) != (expected_name, spec.shape, spec.dtype):
             raise ValueError(f"{name} {tuple(tensor.shape)} {tensor.dtype} given, {expected_name} {spec} expected")
-        self._file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._put(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _put(self, content: memoryview) -> None:
+        """In chunks, so that what is hashed is still in the processor's cache when it is written."""
+        for start in range(0, len(content), CHUNK_BYTES):
+            chunk = content[start : start + CHUNK_BYTES]
+            self._digest.update(chunk)
+            self._num_bytes += len(chunk)
+            while chunk:
+                chunk = chunk[self._file.write(chunk) :]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -72,7 +91,6 @@ class SafetensorsWriter:
             if error is None and (missing := next(self._expected, None)) is not None:
                 error = ValueError(f"{missing[0]} was never written")
             if error is None:
-                self._file.flush()
                 os.fsync(self._file.fileno())
         if error is None:
             self._partial.replace(self._path)

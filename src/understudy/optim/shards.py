@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
+
+from understudy.optim.state import KeepsOwnForm, Kept, kept_state, restore_state
 
 __all__ = ["LocalShards", "over_local_shards", "replicated", "sharded_like"]
 
@@ -64,6 +66,23 @@ class LocalShards(torch.optim.Optimizer):
             if shard in self._inner.state:
                 self.state[parameter] = self._inner.state[shard]
         return None
+
+    def kept_state(self, parameter: Tensor) -> Kept:
+        """Of the local shard. One without elements is never updated; it has empty tensors for what its siblings keep,
+        so that all ranks name the same ones."""
+        shard = self._shards[cast(nn.Parameter, parameter)]
+        if shard.numel() or isinstance(self._inner, KeepsOwnForm):
+            return kept_state(self._inner, shard)
+        sibling = next((other for other in self._shards.values() if other.numel()), None)
+        kept = {} if sibling is None else kept_state(self._inner, sibling)
+        return {key: value.new_empty(shard.shape) if value.ndim else value for key, value in kept.items()}
+
+    def restore_state(self, parameter: Tensor, kept: Kept) -> None:
+        shard = self._shards[cast(nn.Parameter, parameter)]
+        shard.data = _local(parameter)
+        if shard.numel():
+            restore_state(self._inner, shard, {key: _local(value) for key, value in kept.items()})
+            self.state[parameter] = self._inner.state[shard]
 
 
 def replicated(tensor: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ class ModuleStrategy(ABC):
         for index, batch in enumerate(micro_batches):
             with self._accumulating(last=index == len(micro_batches) - 1):
                 part = objective.loss(self.module, objective.prepare(batch.to(self.device)))
-                self._backward(part.loss * factor)
+                # Times NaN where the loss is not finite: its gradient can be finite all the same, and then no rank
+                # would know that the step must not be taken.
+                self._backward(part.loss * (factor + 0.0 * part.loss.detach()))
             parts.append(_detached(part))
         return global_sum(parts)
 

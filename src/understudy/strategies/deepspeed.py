@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import Batch, LazyTensor, LossSum, Objective, TensorSpec
+from understudy.contracts import Batch, LazyTensor, LossScale, LossSum, Objective, TensorSpec
 from understudy.errors import DivergedError, UserError
 from understudy.models.language_model import LanguageModel
 from understudy.optim.groups import decay_groups
@@ -25,13 +25,8 @@ from understudy.strategies.engine_config import engine_config
 from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision, compute_in
 from understudy.strategies.torch_native import TorchStrategy
-from understudy.strategies.zero_partitions import (
-    full_weight,
-    link_in_partition_order,
-    partition_as_built,
-    set_weight,
-    spec_of,
-)
+from understudy.strategies.zero_partitions import link_in_partition_order, partition_as_built, set_weight, spec_of
+from understudy.strategies.zero_state import ZeroState
 
 __all__ = ["ReplicatedEngine", "ZeroEngine", "make", "prepare"]
 
@@ -174,13 +169,14 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
         self.engine = _initialize(deepspeed, module, optimizer, config)
         if self.stage < 3:
             link_in_partition_order(self.engine.optimizer)
+        self._state = ZeroState(self.engine.optimizer, named)
         self.module = self.engine
 
     def _host_adamw(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        from understudy.strategies.host_adamw import HostAdamW
 
         settings = self.recipe.optimizer
-        optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
+        optimizer: torch.optim.Optimizer = HostAdamW(
             decay_groups(named.items(), settings.weight_decay),
             lr=settings.learning_rate,
             betas=settings.betas,
@@ -222,14 +218,40 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
     def layout(self) -> Mapping[str, TensorSpec]:
         return {name: spec_of(parameter) for name, parameter in self._named.items()}
 
+    def optimizer_layout(self) -> Mapping[str, TensorSpec]:
+        return self._state.layout()
+
     @torch.no_grad()
     def load_state(self, read: Callable[[str], LazyTensor]) -> None:
         for name, parameter in self._named.items():
             set_weight(parameter, read(name))
 
     @torch.no_grad()
+    def load_optimizer_state(self, stored: Mapping[str, Mapping[str, LazyTensor]]) -> None:
+        if stored:
+            self._state.load(stored)
+
+    @torch.no_grad()
     def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._named.items():
-            weight = full_weight(parameter)
+        for name in self._named:
+            weight = self._state.weight(name)
             if owner(name) == self.world.rank:
-                yield name, weight.cpu()
+                yield name, weight
+
+    @torch.no_grad()
+    def optimizer_state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        yield from self._state.tensors(lambda name: owner(name) == self.world.rank)
+
+    @property
+    def loss_scale(self) -> LossScale | None:
+        if not self.precision.loss_scaling:
+            return None
+        scaler = self.engine.optimizer.loss_scaler
+        since = (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window
+        return LossScale(float(scaler.cur_scale), int(since))
+
+    @loss_scale.setter
+    def loss_scale(self, scale: LossScale | None) -> None:
+        if scale is not None:
+            scaler = self.engine.optimizer.loss_scaler
+            scaler.cur_scale, scaler.cur_iter = scale.value, scaler.last_overflow_iter + 1 + scale.steps_since_change

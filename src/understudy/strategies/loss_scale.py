@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from understudy.contracts import LossScale
 
-__all__ = ["LossScale"]
+__all__ = ["INITIAL_LOSS_SCALE", "next_loss_scale"]
 
-INITIAL_SCALE = 2.0**16
+INITIAL_LOSS_SCALE = LossScale(2.0**16, 0)
 GROWTH_INTERVAL_STEPS = 1000
 MIN_SCALE = 1.0
 
 
-@dataclass
-class LossScale:
-    """The factor on the loss. Halves when a step overflows, doubles after `GROWTH_INTERVAL_STEPS` that did not.
+def next_loss_scale(scale: LossScale, *, overflowed: bool) -> LossScale:
+    """Halves when a step overflows, doubles after `GROWTH_INTERVAL_STEPS` that did not.
 
     Every rank sees the same global norm, so every rank's scale stays the same without a collective.
     """
-
-    value: float = INITIAL_SCALE
-    steps_since_change: int = 0
-
-    def update(self, *, overflowed: bool) -> None:
-        if overflowed:
-            self.value = max(self.value / 2, MIN_SCALE)
-            self.steps_since_change = 0
-            return
-        self.steps_since_change += 1
-        if self.steps_since_change == GROWTH_INTERVAL_STEPS:
-            self.value *= 2
-            self.steps_since_change = 0
+    if overflowed:
+        return LossScale(max(scale.value / 2, MIN_SCALE), 0)
+    if scale.steps_since_change + 1 == GROWTH_INTERVAL_STEPS:
+        return LossScale(scale.value * 2, 0)
+    return LossScale(scale.value, scale.steps_since_change + 1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from understudy.contracts import LazyTensor, TensorSpec
+from understudy.contracts import LazyTensor, LossScale, TensorSpec
+from understudy.optim.state import kept_state, restore_state
 from understudy.parallel.world import World
 from understudy.strategies.base import ModuleStrategy
-from understudy.strategies.loss_scale import LossScale
+from understudy.strategies.loss_scale import INITIAL_LOSS_SCALE, next_loss_scale
 from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision
 
@@ -27,7 +28,7 @@ class TorchStrategy(ModuleStrategy):
 
     def __init__(self, device: torch.device, world: World, precision: Precision) -> None:
         super().__init__(device, world, precision)
-        self.loss_scale = LossScale() if precision.loss_scaling else None
+        self.loss_scale: LossScale | None = INITIAL_LOSS_SCALE if precision.loss_scaling else None
 
     def _loss_factor(self) -> float:
         return self.loss_scale.value if self.loss_scale else 1.0
@@ -55,7 +56,7 @@ class TorchStrategy(ModuleStrategy):
             self._step()
         self._clear_gradients()
         if self.loss_scale:
-            self.loss_scale.update(overflowed=not finite)
+            self.loss_scale = next_loss_scale(self.loss_scale, overflowed=not finite)
         return norm.float()
 
     def _clear_gradients(self) -> None:
@@ -70,32 +71,80 @@ class TorchStrategy(ModuleStrategy):
     @torch.no_grad()
     def load_state(self, read: Callable[[str], LazyTensor]) -> None:
         for name, parameter in self._parameters().items():
-            _local(parameter).copy_(read(name)[_held(parameter)])
+            _local(parameter).copy_(read(name)[_held(tuple(parameter.shape), parameter)])
+
+    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        return self._owned(self._parameters().items(), owner)
+
+    def optimizer_layout(self) -> Mapping[str, TensorSpec]:
+        return {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in self._optimizer_tensors()}
+
+    def optimizer_state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+        return self._owned(self._optimizer_tensors(), owner)
 
     @torch.no_grad()
-    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+    def load_optimizer_state(self, stored: Mapping[str, Mapping[str, LazyTensor]]) -> None:
         for name, parameter in self._parameters().items():
-            whole = _gathered(parameter, self.device)
+            kept = {key: _placed_like(value, parameter) for key, value in stored.get(name, {}).items()}
+            if kept:
+                restore_state(self.optimizer, parameter, kept)
+
+    def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._parameters().items():
+            for key, value in kept_state(self.optimizer, parameter).items():
+                yield f"{name}.{key}", _sharded_as(value, parameter)
+
+    def _owned(
+        self, tensors: Iterable[tuple[str, Tensor]], owner: Callable[[str], int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            whole = _gathered(tensor, self.device)
             if owner(name) == self.world.rank:
-                yield name, whole.cpu()
+                yield name, whole
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _gathered(parameter: Tensor, device: torch.device) -> Tensor:
+def _sharded_as(value: Tensor, parameter: Tensor) -> Tensor:
+    """State of a sharded `parameter`: what an optimizer over local shards keeps of one is a shard too."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.ndim == 0:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return DTensor.from_local(
+        value, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
     """The whole tensor; shards kept in host memory travel over the device."""
-    if not isinstance(parameter, DTensor):
-        return parameter.detach()
-    moved = parameter.detach().to(device)
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    moved = tensor.detach().to(device)
     assert isinstance(moved, DTensor)
     return moved.full_tensor()
 
 
-def _held(parameter: Tensor) -> tuple[slice, ...]:
-    """The part of the whole that this rank holds."""
+def _held(shape: tuple[int, ...], parameter: Tensor) -> tuple[slice, ...]:
+    """The part of a whole of `shape` that this rank holds, when it is sharded as `parameter` is."""
     if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in parameter.shape)
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, shape))
+        return tuple(slice(0, size) for size in shape)
+    local, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, local))
+
+
+def _placed_like(stored: LazyTensor, parameter: Tensor) -> Tensor:
+    """What is stored of optimizer state, where `parameter` is: sharded with it if it has its rows, else whole."""
+    if not stored.shape:
+        return stored[()]
+    device = _local(parameter).device
+    if not isinstance(parameter, DTensor):
+        return stored[_held(stored.shape, parameter)].to(device, copy=True)
+    shape, mesh = torch.Size(stored.shape), parameter.device_mesh
+    if shape[0] == parameter.shape[0]:
+        local = stored[_held(shape, parameter)].to(device, copy=True)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
+    whole = stored[_held(shape, torch.empty(()))].to(device, copy=True)
+    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)

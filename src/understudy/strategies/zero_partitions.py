@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from understudy.contracts import LazyTensor, TensorSpec
 
-__all__ = ["full_weight", "link_in_partition_order", "partition_as_built", "set_weight", "spec_of"]
+__all__ = ["link_in_partition_order", "partition_as_built", "read_flat", "set_weight", "spec_of"]
 
 
 def spec_of(parameter: nn.Parameter) -> TensorSpec:
@@ -32,15 +33,6 @@ def link_in_partition_order(optimizer: Any) -> None:
     optimizer.bit16_groups = own
 
 
-def full_weight(parameter: nn.Parameter) -> Tensor:
-    """The whole fp32 master weight. A collective: the owners of its parts contribute them."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    weight = safe_get_full_fp32_param(parameter)
-    assert isinstance(weight, Tensor)
-    return weight
-
-
 def set_weight(parameter: nn.Parameter, stored: LazyTensor) -> None:
     """Sets this rank's part of the fp32 master weight and of the weight that computes; under ZeRO-3 only that part is
     read from `stored`. A collective for parameters that live on NVMe."""
@@ -55,7 +47,7 @@ def set_weight(parameter: nn.Parameter, stored: LazyTensor) -> None:
 def _set_whole(parameter: nn.Parameter, stored: LazyTensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param
 
-    whole = _read_flat(stored, 0, parameter.numel()).view(parameter.shape).to(parameter.device)
+    whole = read_flat(stored, 0, parameter.numel()).view(parameter.shape).to(parameter.device)
     parameter.data.copy_(whole)
     safe_set_full_fp32_param(parameter, whole)
 
@@ -65,14 +57,14 @@ def _set_partition(parameter: Any, stored: LazyTensor) -> None:
 
     partition: Tensor = parameter.ds_tensor
     start = torch.distributed.get_rank(parameter.ds_process_group) * partition.numel()
-    held = _read_flat(stored, start, min(start + partition.numel(), parameter.ds_numel))
+    held = read_flat(stored, start, start + partition.numel())
     # The last rank's part is padded so that all are equal in size.
     padded = torch.zeros(partition.numel(), dtype=torch.float32)
     padded[: held.numel()] = held
     partition.data.copy_(padded)
     safe_set_local_fp32_param(parameter, padded.to(partition.device))
     if parameter.numel():  # small parameters are kept whole beside their partition
-        parameter.data.copy_(_read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
+        parameter.data.copy_(read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
 
 
 def _set_swapped(parameter: Any, stored: LazyTensor) -> None:
@@ -81,25 +73,25 @@ def _set_swapped(parameter: Any, stored: LazyTensor) -> None:
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if torch.distributed.get_rank() == 0:
-            parameter.data.copy_(_read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
+            parameter.data.copy_(read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
     size = parameter.ds_tensor.ds_numel
     start = torch.distributed.get_rank(parameter.ds_process_group) * size
     padded = torch.zeros(size, dtype=torch.float32)
-    held = _read_flat(stored, start, min(start + size, parameter.ds_numel))
+    held = read_flat(stored, start, start + size)
     padded[: held.numel()] = held
     safe_set_local_fp32_param(parameter, padded)
 
 
-def _read_flat(stored: LazyTensor, start: int, stop: int) -> Tensor:
-    """Elements [start, stop) of the row-major flattened tensor, as fp32, reading only the rows that hold them."""
+def read_flat(stored: LazyTensor, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of the row-major flattened tensor, as far as it goes, reading only the rows that hold
+    them."""
+    row_elements = math.prod(stored.shape[1:])
+    stop = min(stop, stored.shape[0] * row_elements)
     if stop <= start:
-        return torch.empty(0)
-    row_elements = 1
-    for size in stored.shape[1:]:
-        row_elements *= size
+        return torch.empty(0, dtype=stored.dtype)
     first_row, last_row = start // row_elements, -(-stop // row_elements)
     rows = stored[first_row:last_row].reshape(-1)
-    return rows[start - first_row * row_elements : stop - first_row * row_elements].float()
+    return rows[start - first_row * row_elements : stop - first_row * row_elements]
 
 
 def partition_as_built(module: nn.Module, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
