@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from understudy.errors import LostProcessError
+from understudy.errors import LostProcessError, StoppedError
 from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure
 from understudy.launch.launcher import Cluster, RunSpec
 from understudy.launch.local import LocalLauncher, launch_local
 from understudy.launch.run_directory import RunDirectory
+from understudy.launch.signals import noted_signals
 
 pytestmark = pytest.mark.unit
 
@@ -154,12 +155,13 @@ from understudy.launch.parent import die_with_parent
 die_with_parent(int(os.environ["UNDERSTUDY_LAUNCHER"]))
 (directory / f"pid-{rank}.part").write_text(str(os.getpid()))
 (directory / f"pid-{rank}.part").rename(directory / f"pid-{rank}")
-time.sleep(60)
+time.sleep(60)  # goes on after a signal that is handled
 """
 
 
-def started_launcher(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]]:
-    arguments, _ = worker(tmp_path, WAITING)
+def started_launcher(tmp_path: Path, body: str = "") -> tuple[subprocess.Popen[bytes], list[int]]:
+    """A launcher of two processes that do `body` and then wait for ever, and these processes."""
+    arguments, _ = worker(tmp_path, body + WAITING)
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments], stderr=subprocess.PIPE)
     files = [tmp_path / f"pid-{rank}" for rank in range(2)]
     while not all(file.exists() for file in files):
@@ -168,14 +170,152 @@ def started_launcher(tmp_path: Path) -> tuple[subprocess.Popen[bytes], list[int]
     return launcher, [int(file.read_text()) for file in files]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_ends_everything_with_status_1(tmp_path: Path, number: signal.Signals) -> None:
-    launcher, workers = started_launcher(tmp_path)
+SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+COMMITTING = """
+def stop(number, frame):
+    (directory / f"asked-{rank}").touch()
+    time.sleep(0.5 * rank)
+    (directory / f"committed-{rank}").touch()
+    fail(f"stopped by {signal.Signals(number).name} after step 7", 75)
+signal.signal(signal.SIGTERM, stop)
+"""
+DEAF = "signal.signal(signal.SIGTERM, lambda *_: (directory / f'asked-{rank}').touch())\n"
+
+
+def wait_for(*files: Path) -> None:
+    deadline = time.monotonic() + 15
+    while not all(file.exists() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended(launcher: subprocess.Popen[bytes]) -> tuple[int, str]:
     with launcher:
-        launcher.send_signal(number)
         _, errors = launcher.communicate(timeout=15)
-    assert (launcher.returncode, errors.decode()) == (1, f"stopped by {number.name}")
+    return launcher.returncode, errors.decode()
+
+
+@SIGNALS
+def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path, number: signal.Signals) -> None:
+    launcher, workers = started_launcher(tmp_path, COMMITTING)
+    launcher.send_signal(number)
+    assert ended(launcher) == (75, "stopped by SIGTERM after step 7")
+    assert all((tmp_path / f"committed-{rank}").exists() for rank in range(2))
     assert gone_soon(workers)
+
+
+def test_a_request_to_stop_reaches_no_child_of_a_worker(tmp_path: Path) -> None:
+    body = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def stop(number, frame):
+    time.sleep(0.3)
+    fail("stopped" if child.poll() is None else "its child was stopped first", 75)
+signal.signal(signal.SIGTERM, stop)
+"""
+    launcher, workers = started_launcher(tmp_path, "import subprocess" + body)
+    launcher.send_signal(signal.SIGINT)
+    assert ended(launcher) == (75, "stopped")
+    assert gone_soon(workers)
+
+
+def test_a_request_to_stop_a_run_that_is_just_ending_is_no_error(tmp_path: Path) -> None:
+    launcher, _ = started_launcher(tmp_path, "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n")
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher) == (0, "")
+
+
+def test_the_second_signal_kills_everything_with_status_1(tmp_path: Path) -> None:
+    launcher, workers = started_launcher(tmp_path, DEAF)
+    launcher.send_signal(signal.SIGINT)
+    wait_for(*(tmp_path / f"asked-{rank}" for rank in range(2)))
+    time.sleep(0.5)
+    assert launcher.poll() is None, "it waits without limit"
+    launcher.send_signal(signal.SIGINT)
+    assert ended(launcher) == (1, "stopped by SIGINT, SIGINT before a checkpoint was committed.")
+    assert gone_soon(workers)
+
+
+def test_a_request_before_the_processes_are_ready_stops_the_run_before_training(tmp_path: Path) -> None:
+    """Rank 0 would wait for rank 1 for ever: it can stop already, rank 1 cannot."""
+    launcher, workers = started_launcher(tmp_path, "if rank == 0: " + DEAF)
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher) == (75, "stopped by SIGTERM before training began; run again to start over.")
+    assert gone_soon(workers)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "end"),
+    [
+        (False, (1, "stopped by SIGTERM before a checkpoint was committed.")),
+        (True, (75, "stopped by SIGTERM; run again to go on from the last checkpoint.")),
+    ],
+)
+def test_training_that_a_request_cut_off_can_go_on_only_from_a_checkpoint(
+    tmp_path: Path, checkpoint: bool, end: tuple[int, str]
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    if checkpoint:
+        (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "step-00000003" / "COMMITTED").touch()
+    launcher, _ = started_launcher(tmp_path)
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher) == end
+
+
+def test_a_failure_while_stopping_is_the_failure(tmp_path: Path) -> None:
+    body = """
+def stop(number, frame):
+    if rank == 0: fail("stopped", 75)
+    time.sleep(0.3)
+    fail("no space is left", 2)
+signal.signal(signal.SIGTERM, stop)
+"""
+    launcher, _ = started_launcher(tmp_path, body)
+    launcher.send_signal(signal.SIGUSR1)
+    assert ended(launcher) == (2, "no space is left")
+
+
+def test_processes_that_stop_without_our_asking_stopped_on_request(tmp_path: Path) -> None:
+    with pytest.raises(StoppedError) as caught:
+        launch(tmp_path, "time.sleep(0.8 * (1 - rank)); fail(f'stopped, said rank {rank}', 75)")
+    assert (str(caught.value), caught.value.begun) == ("stopped, said rank 0", True)
+
+
+def test_a_process_that_stops_before_training_takes_the_others_along(tmp_path: Path) -> None:
+    body = """
+if rank == 0: time.sleep(60)
+write_cause(directory / "logs/rank-1.cause.json", Cause(1, time.time(), 75, "stopped early", None, "", False))
+sys.exit(75)
+"""
+    with pytest.raises(StoppedError, match="stopped early") as caught:
+        launch(tmp_path, body)
+    assert not caught.value.begun
+
+
+def test_a_failing_rank_ends_the_others_at_once_even_if_they_would_finish_a_step_first(tmp_path: Path) -> None:
+    waiting = WAITING.replace("time.sleep(60) ", "if rank == 0: time.sleep(60) ")
+    began = time.monotonic()
+    with pytest.raises(FailedRunError, match="the loss is not finite"):
+        launch(tmp_path, DEAF + waiting + "fail('the loss is not finite', 3)")
+    assert gone_soon([int((tmp_path / "pid-0").read_text())])
+    assert time.monotonic() - began < 30, "it waited for rank 0 to end"
+    assert not (tmp_path / "asked-0").exists()
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones_cause(tmp_path: Path) -> None:
+    with pytest.raises(FailedRunError, match="first"):
+        launch(tmp_path, "fail('first', 3)")
+    with pytest.raises(LostProcessError):
+        launch(tmp_path, "sys.exit(9)")
+
+
+@SIGNALS
+def test_a_request_before_the_first_process_is_started_starts_none(tmp_path: Path, number: signal.Signals) -> None:
+    with noted_signals():
+        os.kill(os.getpid(), number)
+        with pytest.raises(StoppedError, match=f"stopped by {number.name} before training began; run again to start"):
+            launch(tmp_path, "")
+    assert list((tmp_path / "logs").iterdir()) == []
 
 
 def test_workers_die_with_a_launcher_that_is_killed(tmp_path: Path) -> None:

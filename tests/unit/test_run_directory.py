@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from understudy.errors import UserError
-from understudy.launch.run_directory import MARKER, Claim, claim_run_directory, require_space
+from understudy.launch import run_lock
+from understudy.launch.run_directory import REPLACED, Claim, claim_run_directory, require_space
+from understudy.launch.run_lock import MARKER, still_owned
 from understudy.recipe.source_map import SourceMap
 
 pytestmark = pytest.mark.unit
@@ -125,6 +129,51 @@ def test_a_directory_in_use_is_refused_naming_the_process(tmp_path: Path) -> Non
     assert f"process {holder.pid} " in message
     with claimed(tmp_path / "a"):  # the lock died with its holder
         pass
+
+
+def taken_over(path: Path) -> bytes:
+    """Another run owns `path` now, as after this process was suspended for long."""
+    content = replace(run_lock._this_process(), host="elsewhere").encode()
+    (path / MARKER).write_bytes(content)
+    return content
+
+
+def test_a_run_taken_over_before_it_begins_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    finished_run(tmp_path / "a")
+
+    def begin() -> None:
+        with claimed(tmp_path / "a", overwrite=True) as claim:
+            assert still_owned(tmp_path / "a", claim.token)
+            taken_over(tmp_path / "a")
+            assert not still_owned(tmp_path / "a", claim.token)
+            claim.begin("name: y\n")
+
+    with pytest.raises(UserError, match=r"in use by a running job \(process \d+ on elsewhere"):
+        begin()
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == "name: x\n"
+
+
+def test_a_run_taken_over_after_it_began_clears_nothing_any_more(tmp_path: Path) -> None:
+    finished_run(tmp_path / "a")
+    with claimed(tmp_path / "a", overwrite=True) as claim:
+        run = claim.begin("name: y\n")
+        marker = taken_over(tmp_path / "a")
+        claim.withdraw()
+        claim.settle()
+        assert run.recipe.exists()
+    assert (tmp_path / "a" / REPLACED / "model").exists()
+    assert (tmp_path / "a" / MARKER).read_bytes() == marker
+
+
+def test_a_directory_left_by_a_run_on_another_host_is_free_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished_run(tmp_path / "a")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    for _ in range(2):  # the second after a claim that was never begun
+        lines: list[str] = []
+        with claim_run_directory(tmp_path / "a", SOURCES, overwrite=True, report=lines.append):
+            assert lines == []
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:

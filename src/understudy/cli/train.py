@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from understudy.cli.arguments import recipe_arguments
-from understudy.errors import UserError
+from understudy.errors import StoppedError, UserError
 
 if TYPE_CHECKING:
     from understudy.recipe.environment import ProcessEnvironment
@@ -30,8 +30,8 @@ def command(recipe: Path, overrides: tuple[str, ...], overwrite: bool) -> int:
     environment = process_environment()
     try:
         _train(recipe, overrides, environment, overwrite=overwrite)
-    except UserError as error:
-        # Wrong input meets every process of a launcher alike; one of each host says so.
+    except (StoppedError, UserError) as error:
+        # Wrong input and a request to stop meet every process of a launcher alike; one of each host says so.
         if environment is None or environment.local_rank == 0:
             raise
         return error.exit_status

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 
 from understudy.data.cutting import Tokenised
 from understudy.data.row import Row
@@ -60,11 +63,24 @@ def _in_order(pool: ProcessPoolExecutor, chunks: Iterable[RowChunk], ahead: int)
     """Keeps at most `ahead` chunks in flight, so that reading does not run away from tokenising."""
     waiting: deque[Future[Tokenised]] = deque()
     for chunk in chunks:
-        waiting.append(pool.submit(_tokenise_in_worker, chunk))
+        with _interrupts_held_back():  # it starts processes
+            waiting.append(pool.submit(_tokenise_in_worker, chunk))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Processes started inside never see a Ctrl-C, which reaches the whole terminal, and would each print a traceback;
+    this process gets it on leaving, and ends them."""
+    resource_tracker.ensure_running()  # started inside, it would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_worker(settings: TokeniserSettings) -> None:

@@ -53,7 +53,8 @@ def launch_local(
     Rank 0 speaks to our stdout unless `console` is false.
 
     Raises the failure that came first: `FailedRunError` with the failing process's exit status, `LostProcessError` when
-    a process vanished; and `FailedRunError` with status 1 when a signal asked us to stop. No process is left behind.
+    a process vanished; `StoppedError` when the run was stopped on request, and `FailedRunError` with status 1 when it
+    was asked twice, and so killed. No process is left behind.
     """
     with tempfile.TemporaryDirectory(prefix="understudy-") as private:
         cluster = Cluster(cores, accelerated, Path(private) / "rendezvous", chosen_threads())

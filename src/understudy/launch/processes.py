@@ -1,4 +1,8 @@
-"""Runs processes on this host and watches them: when one fails, all are stopped. Imports no torch."""
+"""Runs processes on this host and watches them: when one fails, all are stopped. Imports no torch.
+
+A request to stop, which reaches only us, is passed on to every process, and then waited for: they end the step in
+flight, commit a checkpoint and end with status 75.
+"""
 
 from __future__ import annotations
 
@@ -7,25 +11,26 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from types import FrameType
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 
-from understudy.launch.cause import Exit, FailedRunError, first_failure, read_cause
+from understudy.errors import StoppedError, UnderstudyError
+from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure, read_cause
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.run_directory import RunDirectory
+from understudy.launch.signals import StopRequests, noted_signals
 from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE, child_environment
 
 __all__ = ["run_processes"]
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.3
-"""From the first failure until the others are stopped: time for the true cause, seen second, to be seen."""
-GRACE_SECONDS = 10.0
-"""From SIGTERM to SIGKILL."""
+"""From the first failure until the others are killed: time for the true cause, seen second, to be seen. They are not
+asked first: a request to stop would have them finish a step, in a collective that can never end."""
 CAUSE_BYTES = 64 * 2**10
 """A disk with less room free may not have taken the cause that a process left."""
 STDOUT = 1
+STOPPED = StoppedError.exit_status
 
 
 def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, console: bool = True) -> None:
@@ -33,29 +38,29 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
     stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
-    Raises what `first_failure` finds, or `FailedRunError` with status 1 when we got SIGINT or SIGTERM.
+    SIGINT, SIGTERM and SIGUSR1 are passed on as SIGTERM, once; after that it takes as long as the processes take, or
+    until the second signal, which kills them.
+
+    Raises what `first_failure` finds; `StoppedError` when the processes stopped on request, whoever asked, or a request
+    came before training began; `FailedRunError` with status 1 when they had to be killed.
     """
     directory.logs.mkdir(exist_ok=True)
-    with _noted_signals() as received:
+    for command in commands:
+        directory.cause(command.rank).unlink(missing_ok=True)  # an earlier run's
+    with noted_signals() as requests:
         started: list[subprocess.Popen[bytes]] = []
+        exits: list[Exit] = []
         try:
             for command in commands:
+                requests.check()
                 started.append(_start(command, directory, console=console and command.rank == 0))
-            exits = _watch(started, received)
+            exits = _watch(started, requests, directory)
         finally:
-            _stop(started)
+            _kill(started)
             if any(process.returncode for process in started):
                 _restore_terminal()
-    if received:
-        raise FailedRunError(f"stopped by {received[0].name}", exit_status=1)
-    if any(end.status != 0 for end in exits):
-        ranks = range(len(commands))
-        causes = {rank: cause for rank in ranks if (cause := read_cause(directory.cause(rank)))}
-        if not causes and shutil.disk_usage(directory.path).free < CAUSE_BYTES:
-            message = f"{directory.path}: no space is left on the disk; free some, or choose another output_dir."
-            trained = directory.metrics.exists() and directory.metrics.stat().st_size > 0
-            raise FailedRunError(message, 2, refused=not trained)
-        raise first_failure(exits, causes, {rank: directory.log(rank) for rank in ranks})
+    if len(exits) < len(commands) or any(end.status != 0 for end in exits):
+        raise _outcome(exits, len(commands), requests, directory)
 
 
 def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
@@ -79,15 +84,21 @@ def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> s
         )
 
 
-def _watch(started: Sequence[subprocess.Popen[bytes]], received: Sequence[signal.Signals]) -> list[Exit]:
-    """Waits until all have ended, one has failed, or a signal came. Returns the ends seen."""
+def _watch(started: Sequence[subprocess.Popen[bytes]], requests: StopRequests, directory: RunDirectory) -> list[Exit]:
+    """Waits until all have ended, one has failed, or a second signal came; passes the first one on. Returns the ends
+    seen."""
     seen: dict[int, Exit] = {}
     stop_at: float | None = None
-    while not received and len(seen) < len(started):
+    asked = False
+    while len(seen) < len(started) and len(requests.received) < 2:
+        if requests.received and not asked:
+            asked = True
+            for process in started:
+                process.send_signal(signal.SIGTERM)
         for rank, process in enumerate(started):
             if rank not in seen and (status := process.poll()) is not None:
                 seen[rank] = Exit(rank, status, time.time())
-                if status != 0 and stop_at is None:
+                if stop_at is None and not _others_will_end(seen[rank], directory):
                     stop_at = time.monotonic() + SETTLE_SECONDS
         if stop_at is not None and time.monotonic() >= stop_at:
             break
@@ -95,42 +106,73 @@ def _watch(started: Sequence[subprocess.Popen[bytes]], received: Sequence[signal
     return list(seen.values())
 
 
-def _stop(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends what still runs, their children included: asked first, killed after a grace."""
+def _others_will_end(end: Exit, directory: RunDirectory) -> bool:
+    """Whether this end leaves its peers as they should be. They agree on a step to stop after; one that stopped before
+    training agreed with nobody."""
+    if end.status != STOPPED:
+        return end.status == 0
+    cause = read_cause(directory.cause(end.rank))
+    return cause is None or cause.step is not None
+
+
+def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends what still runs, their children included."""
     for process in started:
-        if process.poll() is None:
-            _signal_group(process, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     for process in started:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(max(0.0, deadline - time.monotonic()))
-    for process in started:
-        _signal_group(process, signal.SIGKILL)
         process.wait()
+
+
+def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory: RunDirectory) -> UnderstudyError:
+    """What it means that of `size` processes only `exits` ended by themselves, or not all with 0."""
+    causes = {rank: cause for rank in range(size) if (cause := read_cause(directory.cause(rank)))}
+    stops = {rank: cause for rank, cause in causes.items() if cause.exit_status == STOPPED}
+    # A process that our signal ended was not yet, or no longer, ready to stop; its peers may have seen it vanish.
+    unready = [e.rank for e in exits if requests.received and e.status == -signal.SIGTERM and e.rank not in causes]
+    failed = [end for end in exits if end.status not in (0, STOPPED) and end.rank not in unready]
+    if failed and not (unready and all(end.rank in causes and causes[end.rank].peer_failed for end in failed)):
+        return _failure(failed, {rank: cause for rank, cause in causes.items() if rank not in stops}, size, directory)
+    if unready:
+        return _ended_by_signal(requests, directory)
+    if len(exits) < size and len(requests.received) > 1:
+        return _killed(requests, directory)
+    if not stops:
+        return StoppedError("stopped on request; run again to go on.")
+    first = stops[min(stops)]
+    return StoppedError(first.message, begun=first.step is not None)
+
+
+def _failure(
+    failed: Sequence[Exit], causes: Mapping[int, Cause], size: int, directory: RunDirectory
+) -> UnderstudyError:
+    if not causes and shutil.disk_usage(directory.path).free < CAUSE_BYTES:
+        message = f"{directory.path}: no space is left on the disk; free some, or choose another output_dir."
+        return FailedRunError(message, 2, refused=not _has_trained(directory))
+    return first_failure(failed, causes, {rank: directory.log(rank) for rank in range(size)})
+
+
+def _ended_by_signal(requests: StopRequests, directory: RunDirectory) -> UnderstudyError:
+    """For processes that did not get to stop by themselves."""
+    if _has_checkpoint(directory):
+        return StoppedError(f"stopped by {requests}; run again to go on from the last checkpoint.")
+    return _killed(requests, directory) if _has_trained(directory) else requests.before_training()
+
+
+def _killed(requests: StopRequests, directory: RunDirectory) -> FailedRunError:
+    way_on = "; run again to go on from the one before" if _has_checkpoint(directory) else ""
+    return FailedRunError(f"stopped by {requests} before a checkpoint was committed{way_on}.", 1)
+
+
+def _has_trained(directory: RunDirectory) -> bool:
+    return directory.metrics.exists() and directory.metrics.stat().st_size > 0
+
+
+def _has_checkpoint(directory: RunDirectory) -> bool:
+    return any((directory.path / "checkpoints").glob("*/COMMITTED"))
 
 
 def _restore_terminal() -> None:
     """A process that was stopped may have left a progress bar on the console, and the cursor hidden."""
     if os.isatty(STDOUT):
         os.write(STDOUT, b"\n\x1b[?25h")
-
-
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[signal.Signals]]:
-    """While inside, SIGINT and SIGTERM are put on the list that it gives, and do nothing else."""
-    received: list[signal.Signals] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

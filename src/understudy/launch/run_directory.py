@@ -1,29 +1,21 @@
 """The directory of one run: its layout, who may write to it, and what may be cleared. Imports no torch.
 
-A directory is a run directory when it holds the marker file. The marker is locked (`flock`) by the run that is writing
-there, and names it, so that a second run can say who is in the way; a lock dies with its process, however that ends.
+A directory is a run directory when it holds the marker file, by which one run at a time owns it: `run_lock`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import shutil
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import TextIO
 
-from understudy.errors import UserError
+from understudy.launch.run_lock import MARKER, in_use, lock_run, read_owner, still_owned, write_errors
 from understudy.recipe.source_map import SourceMap
 
-__all__ = ["Claim", "RunDirectory", "claim_run_directory", "require_space"]
+__all__ = ["MARKER", "Claim", "RunDirectory", "claim_run_directory", "require_space"]
 
-MARKER = ".understudy-run.json"
 OWNED = (
     "recipe.yaml",
     "job.json",
@@ -90,25 +82,35 @@ class RunDirectory:
 class Claim:
     """The right to write to a run directory. Until `begin`, giving it up leaves no trace."""
 
-    def __init__(self, directory: RunDirectory) -> None:
+    def __init__(self, directory: RunDirectory, token: str, sources: SourceMap) -> None:
         self.directory = directory
+        self.token = token
+        """Of our ownership, for `run_lock.still_owned` in any process."""
         self.begun = False
+        self._sources = sources
 
     def begin(self, resolved_recipe: str) -> RunDirectory:
-        """Puts aside what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`."""
-        replaced = self.directory.path / REPLACED
+        """Puts aside what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`.
+
+        Raises `UserError` when another run has taken the directory over since it was claimed.
+        """
+        path = self.directory.path
+        if not self._is_ours():
+            raise in_use(path, read_owner(path), self._sources)
+        replaced = path / REPLACED
         _remove(replaced)
-        if any((self.directory.path / name).exists() for name in OWNED):
+        if any((path / name).exists() for name in OWNED):
             replaced.mkdir()
-            _move(self.directory.path, replaced)
+            _move(path, replaced)
         self.begun = True
         self.directory.logs.mkdir()
         self.directory.recipe.write_text(resolved_recipe, encoding="utf-8")
         return self.directory
 
     def withdraw(self) -> None:
-        """Clears what this run wrote and puts back what it replaced, as if it had not begun."""
-        if not self.begun:
+        """Clears what this run wrote and puts back what it replaced, as if it had not begun. Does nothing once another
+        run has taken the directory over."""
+        if not self.begun or not self._is_ours():
             return
         for name in OWNED:
             _remove(self.directory.path / name)
@@ -119,41 +121,46 @@ class Claim:
         self.begun = False
 
     def settle(self) -> None:
-        """Removes for good what this run replaced."""
-        _remove(self.directory.path / REPLACED)
+        """Removes for good what this run replaced. Does nothing once another run has taken the directory over."""
+        if self._is_ours():
+            _remove(self.directory.path / REPLACED)
+
+    def _is_ours(self) -> bool:
+        return still_owned(self.directory.path, self.token)
 
 
 @contextmanager
-def claim_run_directory(path: Path, sources: SourceMap, *, overwrite: bool) -> Iterator[Claim]:
+def claim_run_directory(
+    path: Path, sources: SourceMap, *, overwrite: bool, report: Callable[[str], None] = lambda line: None
+) -> Iterator[Claim]:
     """Holds `path` for one run, creating it where it is missing; on leaving, a directory never begun is as it was, and
     one that was begun has lost the run that it replaced.
 
-    Raises `UserError` at the recipe's `output_dir` when another run is writing there, when it holds an earlier run and
-    `overwrite` is false, when it holds files that no run wrote, or when it cannot be created.
+    `report` is told when it takes long to find out whether an earlier owner is alive. Raises `UserError` at the
+    recipe's `output_dir` when another run is writing there, when it holds an earlier run and `overwrite` is false, when
+    it holds files that no run wrote, or when it cannot be created; `StoppedError` when a request to stop comes.
     """
     created = _create(path, sources)
-    claim = Claim(RunDirectory(path))
+    begun = False
     try:
         _refuse_foreign(path, sources)
-        marked_before = (path / MARKER).exists()
-        with _locked_marker(path, sources) as marker:
-            owner_before = marker.read()
+        with lock_run(path, sources, report) as lock:
+            claim = Claim(RunDirectory(path), lock.token, sources)
             try:
                 if not overwrite:
                     _refuse_earlier_run(claim.directory, sources)
-                _sign(marker, _this_process(), path, sources)
                 yield claim
             finally:
-                if claim.begun:
+                begun = claim.begun
+                if begun:
                     claim.settle()
-                elif marked_before:
-                    _sign(marker, owner_before, path, sources)
-                else:
-                    (path / MARKER).unlink()
+                with write_errors(path, sources):
+                    (lock.release if begun else lock.undo)()
     finally:
-        if not claim.begun:
+        if not begun:
             for directory in created:
-                directory.rmdir()
+                with suppress(OSError):  # another run may be in it by now
+                    directory.rmdir()
 
 
 def require_space(path: Path, needed_bytes: int, what: str, sources: SourceMap) -> None:
@@ -204,57 +211,6 @@ def _refuse_earlier_run(directory: RunDirectory, sources: SourceMap) -> None:
             "output_dir",
             f"{directory.path} holds {state}; replace it with --overwrite, or choose another output_dir.",
         )
-
-
-@contextmanager
-def _locked_marker(path: Path, sources: SourceMap) -> Iterator[TextIO]:
-    with _write_errors(path, sources):
-        descriptor = os.open(path / MARKER, os.O_RDWR | os.O_CREAT, 0o644)
-    with os.fdopen(descriptor, "r+", encoding="utf-8") as marker:
-        try:
-            fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _in_use(path, marker.read(), sources) from None
-        # The holder before us may have removed the marker between our opening and locking it.
-        if os.fstat(descriptor).st_nlink == 0:
-            raise _in_use(path, "", sources)
-        yield marker
-
-
-def _this_process() -> str:
-    return json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": _now()})
-
-
-def _sign(marker: TextIO, owner: str, path: Path, sources: SourceMap) -> None:
-    with _write_errors(path, sources):
-        # Written below the buffer of `marker`, which would try again on closing if the disk is full.
-        os.ftruncate(marker.fileno(), 0)
-        os.pwrite(marker.fileno(), owner.encode(), 0)
-
-
-@contextmanager
-def _write_errors(path: Path, sources: SourceMap) -> Iterator[None]:
-    try:
-        yield
-    except OSError as problem:
-        raise sources.error(
-            "output_dir", f"{path} cannot be written to ({problem.strerror}); choose another output_dir."
-        ) from problem
-
-
-def _in_use(path: Path, marker: str, sources: SourceMap) -> UserError:
-    try:
-        owner = json.loads(marker)
-        who = f"process {owner['process']} on {owner['host']}, since {owner['since']}"
-    except (ValueError, KeyError):  # it is just being written
-        who = "another process"
-    return sources.error(
-        "output_dir", f"{path} is in use by a running job ({who}); wait for it, stop it, or choose another output_dir."
-    )
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
 
 
 def _move(source: Path, target: Path) -> None:

@@ -7,15 +7,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
+from understudy.errors import StoppedError, UserError
 from understudy.launch.cause import Cause, FailedRunError
 from understudy.launch.local import launch_local
 from understudy.launch.run_directory import Claim, RunDirectory, claim_run_directory, require_space
+from understudy.launch.signals import noted_signals
 from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
 from understudy.recipe.dump import dump_recipe
@@ -25,7 +27,6 @@ from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
 from understudy.recipe.source_map import SourceMap
 
 if TYPE_CHECKING:
-    from understudy.training.job import Job
     from understudy.training.prepare import Prepared
 
 __all__ = ["start_as_worker", "start_locally"]
@@ -37,24 +38,27 @@ TAKE_BACK_SECONDS = 5.0
 
 
 def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: Callable[[str], None]) -> None:
-    """Prepares the run here, then runs its processes on this host until they are done. Raises the first failure."""
-    machine = detect_machine()
-    asked = recipe.cluster.processes
-    processes = max(1, machine.devices) if asked == "auto" else asked
-    if machine.accelerated and processes > machine.devices:
-        raise sources.error(
-            "cluster.processes",
-            f"{processes} processes are more than the {machine.devices} devices of this host; start at most one a "
-            "device.",
-        )
-    resolved, choices = _resolved(recipe, sources, machine, processes)
-    with claim_run_directory(Path(resolved.output_dir), sources, overwrite=overwrite) as claim:
-        _prepare(resolved, choices, sources, claim, say)
+    """Prepares the run here, then runs its processes on this host until they are done. Raises the first failure, and
+    `StoppedError` when asked to stop."""
+    with noted_signals() as requests, ExitStack() as stack:
+        with requests.interruptible():
+            machine = detect_machine()
+            processes = _processes(recipe, sources, machine)
+            resolved, choices = _resolved(recipe, sources, machine, processes)
+        path = Path(resolved.output_dir)
+        claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, report=say))
+        with requests.interruptible():
+            prepared = _prepare(resolved, sources, claim, say)
+        _begin(prepared, choices, claim, say)
         arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
         try:
             launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
         except FailedRunError as error:
             if error.refused:
+                claim.withdraw()
+            raise
+        except StoppedError as error:
+            if not error.begun:
                 claim.withdraw()
             raise
 
@@ -63,27 +67,34 @@ def start_as_worker(
     recipe: Recipe, sources: SourceMap, environment: ProcessEnvironment, *, overwrite: bool, say: Callable[[str], None]
 ) -> None:
     """Runs this process as one of a launcher's. Each prepares for itself, one building and the others waiting for what
-    it builds; rank 0 owns the run directory. On a failure of the run the process ends with that failure's status."""
-    from understudy.training.console import open_console, silent_console
-    from understudy.training.prepare import prepare_job
-    from understudy.training.worker import run_worker
+    it builds; rank 0 owns the run directory. On a failure of the run the process ends with that failure's status.
+    Raises `StoppedError` when asked to stop while it prepares."""
+    with noted_signals() as requests, ExitStack() as stack:
+        with requests.interruptible():
+            from understudy.training.console import open_console, silent_console
+            from understudy.training.prepare import prepare_job
+            from understudy.training.worker import run_worker
 
-    resolved, choices = _resolved(recipe, sources, detect_machine(), environment.world_size)
-    with ExitStack() as stack:
+            resolved, choices = _resolved(recipe, sources, detect_machine(), environment.world_size)
+        path = Path(resolved.output_dir)
         if environment.rank == 0:
-            path = Path(resolved.output_dir)
-            claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite))
-            job = _prepare(resolved, choices, sources, claim, say)
-            console = open_console(STDOUT)
-            take_back = partial(_take_back, claim, stack)
+            claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, report=say))
+            with requests.interruptible():
+                prepared = _prepare(resolved, sources, claim, say)
+            _begin(prepared, choices, claim, say)
+            if requests.received:
+                claim.withdraw()
+            console, take_back = open_console(STDOUT), partial(_take_back, claim, stack)
         else:
-            job = prepare_job(resolved, sources, lambda _: None).job
-            console = silent_console()
-            take_back = partial(_wait_until_taken_back, RunDirectory(job.run_directory))
-        log = RunDirectory(job.run_directory).log(environment.rank)
+            with requests.interruptible():
+                prepared = prepare_job(resolved, sources, lambda _: None)
+            console, take_back = silent_console(), partial(_wait_until_taken_back, RunDirectory(path))
+        requests.check()
+        report = _reporter(take_back, partial(_leave, stack))
         # The directory for logs is there once rank 0 has entered the process group.
-        entered = partial(_send_output_to, log)
-        run_worker(job, environment, console, report=_reporter(take_back), entered=entered)
+        entered = partial(_send_output_to, RunDirectory(path).log(environment.rank))
+        # From here on requests are for `run_worker` to look at.
+        run_worker(prepared.job, environment, console, report=report, entered=entered)
 
 
 def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
@@ -91,25 +102,40 @@ def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: i
     return resolve(recipe, machine, processes)
 
 
-def _prepare(
-    recipe: Recipe, choices: tuple[str, ...], sources: SourceMap, claim: Claim, say: Callable[[str], None]
-) -> Job:
-    """Prepares the job, says what is going to happen, and begins the run: nothing was written before."""
+def _processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
+    asked = recipe.cluster.processes
+    processes = max(1, machine.devices) if asked == "auto" else asked
+    if machine.accelerated and processes > machine.devices:
+        raise sources.error(
+            "cluster.processes",
+            f"{processes} processes are more than the {machine.devices} devices of this host; start at most one a "
+            "device.",
+        )
+    return processes
+
+
+def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Prepared:
+    """Prepares the job, and writes nothing to the run directory."""
     _require_inputs(recipe, sources)
 
-    from understudy.training.job import write_job
     from understudy.training.prepare import prepare_job
 
     prepared = prepare_job(recipe, sources, say)
     require_space(claim.directory.path, prepared.model_bytes + SMALL_FILES_BYTES, "the run", sources)
+    return prepared
+
+
+def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Callable[[str], None]) -> None:
+    """Begins the run and says what is going to happen."""
+    from understudy.training.job import write_job
+
     try:
-        directory = claim.begin(dump_recipe(recipe))
+        directory = claim.begin(dump_recipe(prepared.job.recipe))
         write_job(directory.job, prepared.job)
     except OSError:
         claim.withdraw()
         raise
     say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
-    return prepared.job
 
 
 def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
@@ -149,18 +175,29 @@ def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
     return " ".join([strategy.kind, *(f"{name}={value}" for name, value in chosen.items())])
 
 
-def _reporter(take_back: Callable[[], bool]) -> Callable[[Cause], None]:
+def _reporter(take_back: Callable[[], bool], leave: Callable[[], None]) -> Callable[[Cause], None]:
     """Says a failure on what is standard error now, whatever is redirected later. One that others follow from is said
-    alone, and a refused run is taken back by `take_back`, which is false where another process speaks."""
+    alone, and a refused run is taken back by `take_back`, which is false where another process speaks. All stop alike
+    on request: rank 0 says so, and calls `leave` when there is something to keep."""
     stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
 
     def report(cause: Cause) -> None:
-        if cause.peer_failed or (cause.refused and not take_back()):
+        stopped = cause.exit_status == StoppedError.exit_status
+        if cause.peer_failed or (stopped and cause.rank != 0) or (cause.refused and not take_back()):
             return
-        stream.write("".join(f"error: {line}\n" for line in cause.message.splitlines()))
+        mark = "" if stopped else "error: "
+        stream.write("".join(f"{mark}{line}\n" for line in cause.message.splitlines()))
         stream.flush()
+        if stopped:
+            (take_back if cause.step is None else leave)()
 
     return report
+
+
+def _leave(stack: ExitStack) -> None:
+    """Gives up the run directory: the process ends without unwinding, and another host could not know that it has."""
+    with suppress(UserError):  # a disk that fails now; the marker then names a dead process
+        stack.close()
 
 
 def _take_back(claim: Claim, stack: ExitStack) -> bool:
