@@ -69,6 +69,7 @@ def _repaired(base: Any) -> Any:
             and records their places in the old one, so that the tool would give each the values of others. The order
             of `param_shapes` is the true one.
             """
+            sizes = self._partition_sizes()  # before the rank's own state, so that only one is in memory
             state = super().get_zero_checkpoint_state(pp_index=pp_index, tp_index=tp_index, dp_index=dp_index)
             optimizer = state["optimizer_state_dict"]
             held = optimizer["single_partition_of_fp32_groups"]
@@ -78,7 +79,7 @@ def _repaired(base: Any) -> Any:
                     name: fragment_address(start=start, numel=numel)
                     for name, start, numel in _fragments(group, padding, dp_index * size, dp_index * size + len(part))
                 }
-                for group, padding, size, part in zip(self._groups(), paddings, self._partition_sizes(), held)
+                for group, padding, size, part in zip(self._groups(), paddings, sizes, held)
             ]
             return state
 
