@@ -12,9 +12,8 @@ from understudy.contracts import Batch, GlobalBatch, LazyTensor, LossSum, Object
 from understudy.errors import DivergedError
 from understudy.objectives.causal_lm import CausalLMObjective
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
-from understudy.training.evaluation import interval_steps
 from understudy.training.generation import greedy_answers
-from understudy.training.hooks import Hook, HookList, StepResult, TrainingState
+from understudy.training.hooks import Hook, HookList, StepResult, TrainingState, interval_steps
 from understudy.training.loop import train
 
 pytestmark = pytest.mark.unit

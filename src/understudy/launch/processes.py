@@ -18,7 +18,7 @@ from understudy.errors import StoppedError, UnderstudyError
 from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure, read_cause
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.run_directory import RunDirectory
-from understudy.launch.signals import StopRequests, noted_signals
+from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
 from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE, child_environment
 
 __all__ = ["run_processes"]
@@ -73,6 +73,9 @@ def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> s
             stack.callback(os.close, descriptor)
             passed = (descriptor,)
             environment[CONSOLE_VARIABLE] = str(descriptor)
+        # A process inherits what is blocked: a request that comes before it can note one waits until it can.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, blocked)
         return subprocess.Popen(
             command.arguments,
             env=child_environment(environment),

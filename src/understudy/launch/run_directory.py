@@ -5,14 +5,18 @@ A directory is a run directory when it holds the marker file, by which one run a
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from understudy.launch.run_lock import MARKER, in_use, lock_run, read_owner, still_owned, write_errors
 from understudy.recipe.source_map import SourceMap
+from understudy.recipe.yaml_text import CoreLoader
 
 __all__ = ["MARKER", "Claim", "RunDirectory", "claim_run_directory", "require_space"]
 
@@ -22,7 +26,9 @@ OWNED = (
     "metrics.jsonl",
     "logs",
     "tensorboard",
+    "checkpoints",
     "model",
+    "model.previous",
     "model.unproven",
     "model.unproven.partial",
 )
@@ -57,9 +63,18 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
     def model(self) -> Path:
         """The final model; there once it is proved to load."""
         return self.path / "model"
+
+    @property
+    def previous_model(self) -> Path:
+        """The final model of a run that was finished, and goes on, until it has another."""
+        return self.path / "model.previous"
 
     @property
     def unproven_model(self) -> Path:
@@ -78,12 +93,27 @@ class RunDirectory:
         """Why process `rank` failed, when it did."""
         return self.logs / f"rank-{rank}.cause.json"
 
+    def accept_model(self) -> None:
+        """Makes the unproven model the final one."""
+        self.unproven_model.rename(self.model)
+        _remove(self.previous_model)
+
+    @property
+    def recorded_resume(self) -> str | None:
+        """`checkpoint.resume` of the run that is here; None where there is none, or its recipe cannot be read."""
+        try:
+            return str(yaml.load(self.recipe.read_text(encoding="utf-8"), CoreLoader)["checkpoint"]["resume"])
+        except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError):
+            return None
+
 
 class Claim:
-    """The right to write to a run directory. Until `begin`, giving it up leaves no trace."""
+    """The right to write to a run directory. Until `begin` or `go_on`, giving it up leaves no trace."""
 
-    def __init__(self, directory: RunDirectory, token: str, sources: SourceMap) -> None:
+    def __init__(self, directory: RunDirectory, token: str, sources: SourceMap, *, may_go_on: bool) -> None:
         self.directory = directory
+        self.may_go_on = may_go_on
+        """The directory holds a run that this one may go on with; `begin` is for any other."""
         self.token = token
         """Of our ownership, for `run_lock.still_owned` in any process."""
         self.begun = False
@@ -95,8 +125,7 @@ class Claim:
         Raises `UserError` when another run has taken the directory over since it was claimed.
         """
         path = self.directory.path
-        if not self._is_ours():
-            raise in_use(path, read_owner(path), self._sources)
+        self._require_ours()
         replaced = path / REPLACED
         _remove(replaced)
         if any((path / name).exists() for name in OWNED):
@@ -107,10 +136,30 @@ class Claim:
         self.directory.recipe.write_text(resolved_recipe, encoding="utf-8")
         return self.directory
 
+    def go_on(self, resolved_recipe: str, step: int) -> RunDirectory:
+        """Goes on with the run that is here, after its step `step`: keeps all but what lies past that step, and what a
+        final model needs the place of. Raises `UserError` as `begin` does."""
+        self._require_ours()
+        directory = self.directory
+        for path in (directory.unproven_model, directory.path / "model.unproven.partial"):
+            _remove(path)
+        if directory.model.exists():
+            _remove(directory.previous_model)
+            directory.model.rename(directory.previous_model)
+        _keep_rows(directory.metrics, step)
+        directory.logs.mkdir(exist_ok=True)
+        self.begun = True
+        _replace(directory.recipe, resolved_recipe)
+        return directory
+
     def withdraw(self) -> None:
-        """Clears what this run wrote and puts back what it replaced, as if it had not begun. Does nothing once another
-        run has taken the directory over."""
+        """Clears what this run wrote and puts back what it replaced, as if it had not begun; a run that was gone on
+        with stays, as it could be gone on with before. Does nothing once another run has taken the directory over."""
         if not self.begun or not self._is_ours():
+            return
+        if self.may_go_on:
+            if self.directory.previous_model.exists() and not self.directory.model.exists():
+                self.directory.previous_model.rename(self.directory.model)
             return
         for name in OWNED:
             _remove(self.directory.path / name)
@@ -125,30 +174,43 @@ class Claim:
         if self._is_ours():
             _remove(self.directory.path / REPLACED)
 
+    def _require_ours(self) -> None:
+        path = self.directory.path
+        if not self._is_ours():
+            raise in_use(path, read_owner(path), self._sources)
+
     def _is_ours(self) -> bool:
         return still_owned(self.directory.path, self.token)
 
 
 @contextmanager
 def claim_run_directory(
-    path: Path, sources: SourceMap, *, overwrite: bool, report: Callable[[str], None] = lambda line: None
+    path: Path,
+    sources: SourceMap,
+    *,
+    overwrite: bool,
+    resume: str = "never",
+    report: Callable[[str], None] = lambda line: None,
 ) -> Iterator[Claim]:
     """Holds `path` for one run, creating it where it is missing; on leaving, a directory never begun is as it was, and
     one that was begun has lost the run that it replaced.
 
     `report` is told when it takes long to find out whether an earlier owner is alive. Raises `UserError` at the
-    recipe's `output_dir` when another run is writing there, when it holds an earlier run and `overwrite` is false, when
-    it holds files that no run wrote, or when it cannot be created; `StoppedError` when a request to stop comes.
+    recipe's `output_dir` when another run is writing there, when it holds an earlier run that is neither to be
+    overwritten nor, by `checkpoint.resume`, to be gone on with, when it holds files that no run wrote, or when it
+    cannot be created; `StoppedError` when a request to stop comes.
     """
     created = _create(path, sources)
     begun = False
     try:
         _refuse_foreign(path, sources)
         with lock_run(path, sources, report) as lock:
-            claim = Claim(RunDirectory(path), lock.token, sources)
+            directory = RunDirectory(path)
+            earlier = not overwrite and _holds_run(directory)
+            claim = Claim(directory, lock.token, sources, may_go_on=earlier)
             try:
-                if not overwrite:
-                    _refuse_earlier_run(claim.directory, sources)
+                if earlier:
+                    _refuse_to_go_on(directory, resume, sources)
                 yield claim
             finally:
                 begun = claim.begun
@@ -158,9 +220,9 @@ def claim_run_directory(
                     (lock.release if begun else lock.undo)()
     finally:
         if not begun:
-            for directory in created:
+            for made in created:
                 with suppress(OSError):  # another run may be in it by now
-                    directory.rmdir()
+                    made.rmdir()
 
 
 def require_space(path: Path, needed_bytes: int, what: str, sources: SourceMap) -> None:
@@ -203,14 +265,43 @@ def _refuse_foreign(path: Path, sources: SourceMap) -> None:
         )
 
 
-def _refuse_earlier_run(directory: RunDirectory, sources: SourceMap) -> None:
-    found = [name for name in (*OWNED, REPLACED) if (directory.path / name).exists()]
-    if found:
-        state = "a finished run" if directory.model.exists() else "a run that did not finish"
+def _holds_run(directory: RunDirectory) -> bool:
+    return any((directory.path / name).exists() for name in (*OWNED, REPLACED))
+
+
+def _refuse_to_go_on(directory: RunDirectory, resume: str, sources: SourceMap) -> None:
+    """A finished run goes on only if a checkpoint is named, and once: the same command again finds it finished."""
+    if directory.model.exists() and (resume in ("auto", "never") or resume == directory.recorded_resume):
         raise sources.error(
             "output_dir",
-            f"{directory.path} holds {state}; replace it with --overwrite, or choose another output_dir.",
+            f"{directory.path} holds a finished run; replace it with --overwrite, go on from its last checkpoint with "
+            "checkpoint.resume=PATH and more steps, or choose another output_dir.",
         )
+    if resume == "never":
+        raise sources.error(
+            "output_dir",
+            f"{directory.path} holds a run that did not finish; go on with it by leaving checkpoint.resume at auto, "
+            "replace it with --overwrite, or choose another output_dir.",
+        )
+
+
+def _keep_rows(metrics: Path, step: int) -> None:
+    """Removes the rows past `step`, which the run is going to write again, and one that was cut short."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            if step > 0 and json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+    _replace(metrics, "".join(kept))
+
+
+def _replace(path: Path, content: str) -> None:
+    """Writes `path` whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(content, encoding="utf-8")
+    partial.replace(path)
 
 
 def _move(source: Path, target: Path) -> None:

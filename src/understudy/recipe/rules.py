@@ -165,6 +165,22 @@ def evaluation_has_data(recipe: Recipe) -> Violations:
             )
 
 
+@rule
+def the_best_checkpoint_is_told_by_evaluation(recipe: Recipe) -> Violations:
+    if recipe.checkpoint.keep_best and recipe.data.eval is None and recipe.data.eval_fraction == 0:
+        yield (
+            "checkpoint.keep_best",
+            "`checkpoint.keep_best` is set but there is nothing to evaluate on; "
+            "give `data.eval` or `data.eval_fraction`.",
+        )
+
+
+@rule
+def resuming_has_a_place(recipe: Recipe) -> Violations:
+    if not recipe.checkpoint.resume.strip() or "\0" in recipe.checkpoint.resume:
+        yield "checkpoint.resume", "`checkpoint.resume` must be auto, never, or the path of a checkpoint."
+
+
 # Optimization
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "DDP",
     "FSDP",
     "CausalLM",
+    "Checkpoint",
     "Cluster",
     "Data",
     "DataSource",
@@ -201,6 +202,19 @@ class Evaluation(Section):
     """Answer so many evaluation prompts greedily, before training and at each evaluation, and count exact matches."""
 
 
+class Checkpoint(Section):
+    every: Count | OpenFraction | None = None
+    """Steps, or a fraction of the run, between checkpoints; only at the end and on request when left out."""
+    keep: Count = 2
+    """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Also keep the one with the lowest evaluation loss: each checkpoint is evaluated first."""
+    resume: str = "auto"
+    """`auto` goes on from the newest checkpoint in `output_dir`, `never` begins anew; or a checkpoint's path."""
+    background: bool = True
+    """Write while training goes on, from a copy in host memory of each process's share."""
+
+
 class Logging(Section):
     every: Count = 1
     """Steps between logged rows."""
@@ -233,5 +247,6 @@ class Recipe(Section):
     strategy: Annotated[Strategy | Literal["auto"], BeforeValidator(expand_strategy)] = "auto"
     parallel: Parallel = Parallel()
     evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
     cluster: Cluster = Cluster()

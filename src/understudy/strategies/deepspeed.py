@@ -22,6 +22,7 @@ from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.strategies.base import MakeModel, MakeOptimizer, ModuleStrategy, materialize
 from understudy.strategies.compiled_operators import build_operators, choose_directory
 from understudy.strategies.engine_config import engine_config
+from understudy.strategies.host_adamw import make_host_adamw
 from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision, compute_in
 from understudy.strategies.torch_native import TorchStrategy
@@ -164,26 +165,17 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
         else:
             materialize(module, self.device, self.precision.compute)
         named = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
-        optimizer = make_optimizer(named.items()) if self.offload_optimizer == "none" else self._host_adamw(named)
+        if self.offload_optimizer == "none":
+            optimizer = make_optimizer(named.items())
+        else:
+            settings = self.recipe.optimizer
+            optimizer = make_host_adamw(settings, decay_groups(named.items(), settings.weight_decay))
         self._named = named
         self.engine = _initialize(deepspeed, module, optimizer, config)
         if self.stage < 3:
             link_in_partition_order(self.engine.optimizer)
         self._state = ZeroState(self.engine.optimizer, named)
         self.module = self.engine
-
-    def _host_adamw(self, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-        from understudy.strategies.host_adamw import HostAdamW
-
-        settings = self.recipe.optimizer
-        optimizer: torch.optim.Optimizer = HostAdamW(
-            decay_groups(named.items(), settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            adamw_mode=True,
-        )
-        return optimizer
 
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
         total = super().forward_backward(micro_batches, objective, num_tokens)

@@ -19,7 +19,7 @@ from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.metrics import evaluation_metrics
 from understudy.training.sinks.registry import Answer, Row, Sink
 
-__all__ = ["EvaluationHook", "Evaluator", "asked", "interval_steps"]
+__all__ = ["EvaluationHook", "Evaluator", "asked"]
 
 SLACK_TOKENS = 8
 """An answer may grow this much longer than its reference: enough to see that it does."""
@@ -105,7 +105,7 @@ class EvaluationHook(Hook):
         """The last row."""
 
     def start(self, state: TrainingState) -> None:
-        if self._evaluator.samples:
+        if self._evaluator.samples and state.step == 0:
             self._evaluate(state)
 
     def after_step(self, result: StepResult) -> None:
@@ -113,8 +113,16 @@ class EvaluationHook(Hook):
             self._evaluate(result.state)
 
     def end(self, state: TrainingState) -> None:
+        self.evaluate_once(state)
+
+    def evaluate_once(self, state: TrainingState) -> None:
+        """Evaluates, unless that was done at this step; a collective."""
         if self._evaluated_step != state.step:
             self._evaluate(state)
+
+    def loss_at(self, step: int) -> float | None:
+        """In nats a supervised token; None where that step was not evaluated."""
+        return self.last["eval_loss"] if self._evaluated_step == step else None
 
     def _evaluate(self, state: TrainingState) -> None:
         row = {"step": state.step, "epoch": state.epoch, **self._evaluator.metrics()}
@@ -126,10 +134,3 @@ class EvaluationHook(Hook):
             sink.answers(state.step, answers)
         self.last = row
         self._evaluated_step = state.step
-
-
-def interval_steps(every: float | None, total_steps: int) -> int | None:
-    """Steps between two evaluations: `every` itself, or that fraction of the run, at least one step."""
-    if every is None or isinstance(every, int):
-        return every
-    return max(1, round(every * total_steps))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from understudy.contracts import GlobalBatch, LossSum
 
-__all__ = ["Hook", "HookList", "StepResult", "TrainingState"]
+__all__ = ["Hook", "HookList", "StepResult", "TrainingState", "interval_steps"]
 
 
 @dataclass(frozen=True)
@@ -79,3 +79,10 @@ class HookList(Hook):
     def end(self, state: TrainingState) -> None:
         for hook in self._hooks:
             hook.end(state)
+
+
+def interval_steps(every: float | None, total_steps: int) -> int | None:
+    """Steps between two evaluations or checkpoints: `every` itself, or that fraction of the run, at least one step."""
+    if every is None or isinstance(every, int):
+        return every
+    return max(1, round(every * total_steps))

@@ -26,6 +26,12 @@ class Job:
     train: Path
     """Entry of the token cache."""
     evaluation: Path | None
+    checkpoints: bool = True
+    """Whether to write any."""
+    resume: Path | None = None
+    """The checkpoint to go on from."""
+    token: str = ""
+    """Of this run's ownership of the run directory (`launch.run_lock`)."""
 
 
 def write_job(path: Path, job: Job) -> None:
@@ -41,6 +47,9 @@ def write_job(path: Path, job: Job) -> None:
         "tokenizer_directory": str(job.tokenizer_directory),
         "train": str(job.train),
         "evaluation": None if job.evaluation is None else str(job.evaluation),
+        "checkpoints": job.checkpoints,
+        "resume": None if job.resume is None else str(job.resume),
+        "token": job.token,
     }
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
@@ -56,4 +65,7 @@ def read_job(path: Path) -> Job:
         tokenizer_directory=Path(values["tokenizer_directory"]),
         train=Path(values["train"]),
         evaluation=None if values["evaluation"] is None else Path(values["evaluation"]),
+        checkpoints=values["checkpoints"],
+        resume=None if values["resume"] is None else Path(values["resume"]),
+        token=values["token"],
     )

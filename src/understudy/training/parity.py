@@ -130,7 +130,7 @@ def _resolved(
 def _run(job: Job, recipe: Recipe, path: Path, machine: Machine) -> _Run:
     directory = RunDirectory(path)
     directory.logs.mkdir(parents=True)
-    write_job(directory.job, replace(job, recipe=recipe, run_directory=path, evaluation=None))
+    write_job(directory.job, replace(job, recipe=recipe, run_directory=path, evaluation=None, checkpoints=False))
     arguments = (sys.executable, "-m", "understudy.training.worker", str(path))
     assert isinstance(recipe.cluster.processes, int)
     processes = recipe.cluster.processes

@@ -19,6 +19,8 @@ from understudy.models.initialization import materialize_random
 from understudy.models.language_model import LanguageModel
 from understudy.models.source import model_directory, tokenizer_directory
 from understudy.models.tokenizer import load_tokenizer
+from understudy.optim.optimizers.registry import make_optimizer
+from understudy.optim.state import kept_state
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
@@ -40,10 +42,16 @@ class Prepared:
     parameters: int
     model_bytes: int
     """Of the final model's weights on disk."""
+    checkpoint_bytes: int
+    """Of a checkpoint's weights and optimizer state."""
+    data_digest: str
+    """Of the training examples."""
     examples: int
     """Of an epoch."""
     evaluation_examples: int
     steps: int
+    resumed_step: int = 0
+    """Steps that the checkpoint to go on from has done."""
 
 
 def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None]) -> Prepared:
@@ -79,6 +87,8 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         model_bytes=_model_bytes(model, precision_of(recipe.training.precision).compute),
+        checkpoint_bytes=_checkpoint_bytes(model, recipe),
+        data_digest=train.digest,
         examples=steps.examples_per_epoch,
         evaluation_examples=0 if evaluation is None else len(evaluation),
         steps=steps.total_steps,
@@ -104,6 +114,18 @@ def _model_directory(recipe: Recipe) -> Path:
 def _model_bytes(model: LanguageModel, dtype: torch.dtype) -> int:
     specs = (TensorSpec(tuple(parameter.shape), parameter.dtype) for parameter in model.parameters())
     return sum(spec_bytes(stored_spec(spec, dtype)) for spec in specs)
+
+
+def _checkpoint_bytes(model: LanguageModel, recipe: Recipe) -> int:
+    """Of master weights, and of optimizer state if all of them are trained. What an optimizer keeps of a parameter is
+    asked of the optimizer itself, on a small one."""
+    dtype = precision_of(recipe.training.precision).weights
+    matrix = torch.nn.Parameter(torch.ones(64, 128, dtype=dtype))
+    optimizer = make_optimizer(recipe.optimizer, [("layers.0.mlp.weight", matrix)], fused=False)
+    matrix.grad = torch.ones_like(matrix)
+    optimizer.step()
+    kept = sum(value.nbytes for value in kept_state(optimizer, matrix).values()) / matrix.numel()
+    return _model_bytes(model, dtype) + round(kept * sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _refuse_longer_documents(limit: int | None, caches: Sequence[TokenCache], sources: SourceMap) -> None:

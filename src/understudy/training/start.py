@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,8 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
             processes = _processes(recipe, sources, machine)
             resolved, choices = _resolved(recipe, sources, machine, processes)
         path = Path(resolved.output_dir)
-        claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, report=say))
+        resume = resolved.checkpoint.resume
+        claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say))
         with requests.interruptible():
             prepared = _prepare(resolved, sources, claim, say)
         _begin(prepared, choices, claim, say)
@@ -78,7 +80,10 @@ def start_as_worker(
             resolved, choices = _resolved(recipe, sources, detect_machine(), environment.world_size)
         path = Path(resolved.output_dir)
         if environment.rank == 0:
-            claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, report=say))
+            resume = resolved.checkpoint.resume
+            claim = stack.enter_context(
+                claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say)
+            )
             with requests.interruptible():
                 prepared = _prepare(resolved, sources, claim, say)
             _begin(prepared, choices, claim, say)
@@ -115,22 +120,48 @@ def _processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
 
 
 def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Prepared:
-    """Prepares the job, and writes nothing to the run directory."""
+    """Prepares the job and finds the checkpoint to go on from; writes nothing to the run directory."""
     _require_inputs(recipe, sources)
 
+    from understudy.checkpoint.store import CheckpointStore
+    from understudy.training.checkpointing import most_checkpoints
     from understudy.training.prepare import prepare_job
+    from understudy.training.resume import choose_checkpoint
 
     prepared = prepare_job(recipe, sources, say)
-    require_space(claim.directory.path, prepared.model_bytes + SMALL_FILES_BYTES, "the run", sources)
-    return prepared
+    directory = claim.directory
+    found = choose_checkpoint(
+        recipe,
+        sources,
+        CheckpointStore(directory.checkpoints),
+        data_digest=prepared.data_digest,
+        total_steps=prepared.steps,
+        begun_from=directory.recorded_resume if claim.may_go_on else None,
+        going_on=claim.may_go_on,
+        say=say,
+    )
+    # Where a run goes on, its checkpoints are on the disk, and leave it as others come.
+    checkpoints = 1 if claim.may_go_on else most_checkpoints(recipe.checkpoint, prepared.steps)
+    needed = prepared.model_bytes + checkpoints * prepared.checkpoint_bytes + SMALL_FILES_BYTES
+    require_space(directory.path, needed, "the run", sources)
+    job = replace(prepared.job, resume=None if found is None else found.checkpoint, token=claim.token)
+    return replace(prepared, job=job, resumed_step=0 if found is None else found.progress.step)
 
 
 def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Callable[[str], None]) -> None:
-    """Begins the run and says what is going to happen."""
+    """Begins the run, or goes on with it, and says what is going to happen."""
+    from understudy.checkpoint.store import CheckpointStore
     from understudy.training.job import write_job
 
+    recipe, step = dump_recipe(prepared.job.recipe), prepared.resumed_step
     try:
-        directory = claim.begin(dump_recipe(prepared.job.recipe))
+        if claim.may_go_on:
+            directory = claim.go_on(recipe, step)
+            store = CheckpointStore(directory.checkpoints)
+            store.clean()
+            store.set_aside_after(step)
+        else:
+            directory = claim.begin(recipe)
         write_job(directory.job, prepared.job)
     except OSError:
         claim.withdraw()
@@ -165,6 +196,7 @@ def opening_lines(prepared: Prepared) -> str:
             f"model {prepared.model_type}, {prepared.parameters:,} parameters",
             f"data {prepared.examples:,} examples an epoch{evaluation}; {prepared.steps:,} steps of "
             f"{recipe.training.global_batch_size} examples",
+            *([f"going on from {resume} (step {prepared.resumed_step:,})"] if (resume := prepared.job.resume) else []),
         ]
     )
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from understudy.checkpoint.export import save_model
 from understudy.contracts import Strategy
 from understudy.data.batching import TrainingData
 from understudy.data.cache import TokenCache
@@ -39,35 +36,22 @@ from understudy.recipe.environment import (
 from understudy.recipe.schema import Recipe
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import make_strategy
+from understudy.training.checkpoint_setup import make_checkpoint_hook, restore, weights_directory
 from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
-from understudy.training.evaluation import EvaluationHook, Evaluator, interval_steps
+from understudy.training.evaluation import EvaluationHook, Evaluator
 from understudy.training.failure import StepNote, ending_on_failure
-from understudy.training.hooks import Hook, HookList, TrainingState
+from understudy.training.final_model import Trained, prove_final_model, save_final_model
+from understudy.training.hooks import Hook, HookList, interval_steps
 from understudy.training.job import Job, read_job
 from understudy.training.loop import train
 from understudy.training.metrics import MetricsHook
-from understudy.training.proof import prove_model, trained_logits
 from understudy.training.seeding import SeedHook
-from understudy.training.sinks.registry import Row, RunFacts, Sink, make_sinks
+from understudy.training.sinks.registry import RunFacts, Sink, make_sinks
+from understudy.training.stopping import StopHook, StopRequest
 
 __all__ = ["main", "run_worker", "training_data"]
-
-PROOF_DOCUMENTS = 2
-PROOF_TOKENS = 48
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What is left of training once the process group is gone."""
-
-    evaluation: Row
-    """The last evaluation row; empty without evaluation data."""
-    documents: Sequence[Tensor]
-    logits: Tensor
-    """The trained model's, at every token of `documents`."""
-    tokenizer: Any
 
 
 def main() -> None:
@@ -96,9 +80,9 @@ def run_worker(
     `entered` is called once all processes have met, and has returned on all before any goes on. On a failure the
     process ends with the failure's exit status; `report` is given its cause first.
     """
-    directory = RunDirectory(job.run_directory)
     note = StepNote()
-    with ending_on_failure(environment.rank, note, report):
+    stop = StopRequest()
+    with ending_on_failure(environment.rank, note, report), stop.noting_signals():
         device = find_device()
         torch_device = device.torch_device(environment.local_rank)
         with (
@@ -107,13 +91,27 @@ def run_worker(
         ):
             entered()
             dist.barrier()
-            trained = _train_and_save(job, device, torch_device, world, console, note)
+            trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, stop)
         if environment.rank == 0:
-            _prove(job, directory, trained, console)
+            prove_final_model(job, trained, console)
+
+
+def _as_on_rank_0(job: Job) -> Job:
+    """Under a launcher each process prepares its own job, and rank 0 alone knows where the run goes on from."""
+    known = [(job.resume, job.token)]
+    dist.broadcast_object_list(known, src=0, device=torch.device("cpu"))
+    resume, token = known[0]
+    return replace(job, resume=resume, token=token)
 
 
 def _train_and_save(
-    job: Job, device: Device, torch_device: torch.device, world: World, console: Console, note: StepNote
+    job: Job,
+    device: Device,
+    torch_device: torch.device,
+    world: World,
+    console: Console,
+    note: StepNote,
+    stop: StopRequest,
 ) -> Trained:
     recipe, directory = job.recipe, RunDirectory(job.run_directory)
     torch.use_deterministic_algorithms(recipe.training.deterministic)
@@ -121,18 +119,36 @@ def _train_and_save(
     # Copies: strategies move and replace the module's own.
     buffers = {name: buffer.clone() for name, buffer in model.persistent_buffers().items()}
     strategy = _loaded_strategy(job, model, device, torch_device, world)
+    state = restore(job, strategy)
     tokenizer = load_tokenizer(
         job.tokenizer_directory, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
     )
     cache = TokenCache.open(job.train)
     companions = make_companions(job.model_directory, recipe.model, tokenizer, cache)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
-    facts = RunFacts(directory, console, data.total_steps)
-    with _sinks(recipe, facts, world) as sinks:
+    precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
+    with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
         evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks)
+        hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)
+        if job.checkpoints:
+            hook = make_checkpoint_hook(
+                job,
+                strategy,
+                world,
+                buffers=buffers,
+                write_companions=partial(companions.write, architecture=architecture, dtype=precision.weights),
+                data_digest=cache.digest,
+                total_steps=data.total_steps,
+                evaluation=evaluation,
+                stop=stop,
+                say=console.say,
+            )
+            hooks.append(hook)
+        else:
+            hooks.append(StopHook(stop))
         device.reset_memory_peak()
         train(
-            TrainingState(),
+            state,
             total_steps=data.total_steps,
             data=data,
             strategy=strategy,
@@ -144,19 +160,24 @@ def _train_and_save(
                 steps_per_epoch=data.steps_per_epoch,
             ),
             max_grad_norm=recipe.training.max_grad_norm,
-            hooks=HookList(_hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)),
+            hooks=HookList(hooks),
         )
-    documents = _proof_documents(cache)
-    logits = trained_logits(strategy, documents)
-    _save(job, strategy, model, companions, world, buffers)
-    return Trained(evaluation.last if evaluation else {}, documents, logits, tokenizer)
+    return save_final_model(
+        job,
+        strategy,
+        world,
+        cache,
+        buffers=buffers,
+        write_companions=partial(companions.write, architecture=architecture, dtype=precision.compute),
+        tokenizer=tokenizer,
+    )
 
 
 def _loaded_strategy(
     job: Job, model: LanguageModel, device: Device, torch_device: torch.device, world: World
 ) -> Strategy:
     recipe = job.recipe
-    weights = open_weights(job.model_directory, model)
+    weights = open_weights(weights_directory(job), model)
     if recipe.training.activation_checkpointing in ("full", "selective"):
         model.enable_activation_checkpointing(recipe.training.activation_checkpointing)
     if recipe.training.compile:
@@ -238,49 +259,6 @@ def _sinks(recipe: Recipe, facts: RunFacts, world: World) -> Iterator[list[Sink]
     finally:
         for sink in sinks:
             sink.close()
-
-
-def _proof_documents(cache: TokenCache) -> list[Tensor]:
-    count = min(PROOF_DOCUMENTS, len(cache.lengths))
-    return [torch.from_numpy(cache.tokens(i)[:PROOF_TOKENS].astype("int64")) for i in range(count)]
-
-
-def _save(
-    job: Job,
-    strategy: Strategy,
-    model: LanguageModel,
-    companions: Companions,
-    world: World,
-    buffers: Mapping[str, Tensor],
-) -> None:
-    dtype = precision_of(job.recipe.training.precision).compute
-    save_model(
-        strategy,
-        RunDirectory(job.run_directory).unproven_model,
-        rank=world.rank,
-        world_size=world.size,
-        dtype=dtype,
-        buffers=buffers,
-        write_companions=partial(companions.write, architecture=type(model.network).__name__, dtype=dtype),
-    )
-
-
-def _prove(job: Job, directory: RunDirectory, trained: Trained, console: Console) -> None:
-    """Nobody waits for this in a collective. The model gets its name once it is proved."""
-    proof = prove_model(
-        directory.unproven_model,
-        documents=trained.documents,
-        expected=trained.logits,
-        dtype=precision_of(job.recipe.training.precision).compute,
-        tokenizer=trained.tokenizer,
-        trust_remote_code=job.recipe.model.trust_remote_code,
-    )
-    directory.unproven_model.rename(directory.model)
-    console.say(
-        f"model: {directory.model}\n"
-        f"reloaded with transformers: logits differ from the trained model's by at most {proof.difference:.1e} of the "
-        f"largest, over {proof.tokens} tokens ({proof.tolerance:.0e} allowed)"
-    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ class LiveConsoleSink(ConsoleSink):
             TimeRemainingColumn(),
             console=facts.console.screen,
         )
-        self._task = self._progress.add_task("training", total=facts.total_steps, figures="")
+        self._task = self._progress.add_task(
+            "training", total=facts.total_steps, completed=facts.first_step, figures=""
+        )
         self._progress.start()
 
     def training_row(self, row: Row) -> None:

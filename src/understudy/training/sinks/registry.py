@@ -36,6 +36,8 @@ class RunFacts:
     directory: RunDirectory
     console: Console
     total_steps: int
+    first_step: int = 0
+    """Steps done before this process began: more than 0 in a run that was resumed."""
 
 
 class Sink:

@@ -13,7 +13,9 @@ class TensorBoardSink(Sink):
     def __init__(self, facts: RunFacts) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(facts.directory.tensorboard))
+        # What was logged past the checkpoint that the run goes on from is of a course that was lost.
+        purge_step = facts.first_step + 1 if facts.first_step else None
+        self._writer = SummaryWriter(str(facts.directory.tensorboard), purge_step=purge_step)
 
     def row(self, row: Row) -> None:
         for name, value in row.items():

@@ -1,0 +1,113 @@
+"""Checkpoints of one run, put together: what is restored before it, and the hook that saves while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from understudy import __version__
+from understudy.checkpoint.loading import MODEL, open_optimizer_state
+from understudy.checkpoint.progress import Progress, read_progress
+from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
+from understudy.checkpoint.store import CheckpointStore
+from understudy.contracts import LossScale, Strategy
+from understudy.launch.run_directory import RunDirectory
+from understudy.launch.run_lock import still_owned
+from understudy.parallel.world import World
+from understudy.training.checkpointing import CheckpointHook
+from understudy.training.evaluation import EvaluationHook
+from understudy.training.hooks import TrainingState, interval_steps
+from understudy.training.job import Job
+from understudy.training.resume import determinants, digest_of
+from understudy.training.stopping import StopRequest
+
+__all__ = ["make_checkpoint_hook", "restore", "weights_directory"]
+
+
+def weights_directory(job: Job) -> Path:
+    """Where the run's first weights are: the model's own, or those of the checkpoint that it goes on from."""
+    return job.model_directory if job.resume is None else job.resume / MODEL
+
+
+def restore(job: Job, strategy: Strategy) -> TrainingState:
+    """Gives a strategy that has its weights its optimizer state too. Returns how far the run is. A collective."""
+    if job.resume is None:
+        return TrainingState()
+    with job.sources.placing("checkpoint.resume"):
+        strategy.load_optimizer_state(open_optimizer_state(job.resume))
+    progress = read_progress(job.resume)
+    if progress.loss_scale is not None and strategy.loss_scale is not None:
+        strategy.loss_scale = LossScale(*progress.loss_scale)
+    return TrainingState(progress.step, progress.epoch, progress.tokens)
+
+
+def make_checkpoint_hook(
+    job: Job,
+    strategy: Strategy,
+    world: World,
+    *,
+    buffers: Mapping[str, Tensor],
+    write_companions: Callable[[Path], None],
+    data_digest: str,
+    total_steps: int,
+    evaluation: EvaluationHook | None,
+    stop: StopRequest,
+    say: Callable[[str], None],
+) -> CheckpointHook:
+    """`buffers` are the model's persistent buffers; `write_companions` writes configuration and tokenizer."""
+    settings = job.recipe.checkpoint
+    store = CheckpointStore(RunDirectory(job.run_directory).checkpoints)
+    saver = CheckpointSaver(
+        strategy,
+        SaveSettings(
+            store=store,
+            keep=settings.keep,
+            keep_best=settings.keep_best,
+            background=settings.background,
+            buffers=buffers,
+            write_companions=write_companions,
+            token=job.token,
+            still_ours=partial(still_owned, job.run_directory, job.token),
+        ),
+        world.rank,
+        world.size,
+    )
+    return CheckpointHook(
+        saver,
+        every=interval_steps(settings.every, total_steps),
+        progress=_progress_of(job, strategy, world, data_digest),
+        stop=stop,
+        evaluation=evaluation,
+        evaluate_first=settings.keep_best,
+        location=store.path,
+        say=say,
+    )
+
+
+def _progress_of(
+    job: Job, strategy: Strategy, world: World, data_digest: str
+) -> Callable[[TrainingState, float | None], Progress]:
+    recipe = determinants(job.recipe)
+    written_by = {
+        "understudy": __version__,
+        "strategy": job.recipe.model_dump(mode="json")["strategy"],
+        "processes": world.size,
+    }
+
+    def progress(state: TrainingState, eval_loss: float | None) -> Progress:
+        return Progress(
+            step=state.step,
+            epoch=state.epoch,
+            tokens=state.tokens,
+            recipe=recipe,
+            recipe_digest=digest_of(recipe),
+            data_digest=data_digest,
+            loss_scale=strategy.loss_scale,
+            eval_loss=eval_loss,
+            written_by=written_by,
+        )
+
+    return progress
