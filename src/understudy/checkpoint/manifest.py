@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,8 +34,10 @@ FORMAT_VERSION = 1
 READ_BYTES = 2**22
 READERS = 4
 """Files hashed at once: hashing keeps a core busy, and a disk serves several readers."""
-READ_BY_NAME = (".safetensors", ".safetensors.index.json")
-"""Files that would be read if they were there, so they must not be there unlisted."""
+READ_BY_NAME = (".safetensors", ".json", ".jinja", ".model", ".py")
+"""Files that loading a model would find by their names and read, so they must not be there unlisted."""
+
+_MARKED = re.compile(rb"[0-9a-f]{64}\n")
 
 
 class DamagedCheckpointError(UserError):
@@ -72,18 +75,14 @@ def write_marker(directory: Path) -> None:
 def read_manifest(directory: Path) -> dict[str, FileEntry]:
     """The manifest of a committed checkpoint, checked against its marker. Raises `DamagedCheckpointError`."""
     marker, manifest = directory / MARKER, directory / MANIFEST
-    if not marker.is_file():
-        raise _damaged(marker, "is missing: the checkpoint was never committed")
-    if not manifest.is_file():
-        raise _damaged(manifest, "is missing")
-    try:
-        vouched = marker.read_bytes().decode("ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(marker, f"cannot be read ({error})") from None
-    if vouched != f"{describe_file(manifest).sha256}\n":
+    vouched = _read(marker, "is missing: the checkpoint was never committed")
+    text = _read(manifest, "is missing")
+    if not _MARKED.fullmatch(vouched):
+        raise _damaged(marker, "is not a commit marker: it was changed")
+    if vouched.strip().decode() != hashlib.sha256(text).hexdigest():
         raise _damaged(manifest, f"is not the one that {MARKER} vouches for: one of the two was changed")
     try:
-        content = json.loads(manifest.read_bytes())
+        content = json.loads(text)
         version = content["format_version"]
         files = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -99,12 +98,21 @@ def verify_files(directory: Path) -> None:
     files = read_manifest(directory)
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
-        if name.endswith(READ_BY_NAME) and name not in files:
+        if name.endswith(READ_BY_NAME) and name not in files and name != MANIFEST:
             raise _damaged(path, f"is not listed in {MANIFEST}; remove it")
     with ThreadPoolExecutor(READERS) as pool:
         for problem in pool.map(lambda item: _problem(directory / item[0], item[1]), files.items()):
             if problem is not None:
                 raise problem
+
+
+def _read(path: Path, if_missing: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise _damaged(path, if_missing) from None
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})") from None
 
 
 def _problem(path: Path, expected: FileEntry) -> DamagedCheckpointError | None:

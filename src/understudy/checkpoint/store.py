@@ -15,7 +15,7 @@ from understudy.checkpoint.durable import sync_directory
 from understudy.checkpoint.manifest import MARKER, DamagedCheckpointError, verify_files
 from understudy.checkpoint.progress import Progress, read_progress
 
-__all__ = ["CheckpointStore", "step_of", "verify_checkpoint"]
+__all__ = ["CheckpointStore", "is_checkpoint_name", "step_of", "verify_checkpoint"]
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _PARTIAL, _DAMAGED, _RETIRED = ".partial", ".damaged", ".retired"
@@ -110,6 +110,11 @@ class CheckpointStore:
 
     def _entries(self) -> Iterator[Path]:
         return iter(sorted(self.directory.iterdir()) if self.directory.is_dir() else [])
+
+
+def is_checkpoint_name(name: str) -> bool:
+    """Whether a directory of that name is a committed checkpoint, whole or not."""
+    return _COMMITTED.fullmatch(name) is not None
 
 
 def step_of(checkpoint: Path) -> int:
