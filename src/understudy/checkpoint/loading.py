@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from understudy.checkpoint.places import MODEL
 from understudy.contracts import LazyTensor
 from understudy.models.weights import WeightReader
 
 __all__ = ["MODEL", "open_optimizer_state"]
 
-MODEL = "model"
-"""The directory of the weights inside a checkpoint, a model directory like any other."""
 OPTIMIZER = "optimizer"
 
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-__all__ = ["recipe_arguments", "sampling_options"]
+__all__ = ["recipe_arguments", "sampling_options", "trust_option"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,6 +23,13 @@ def recipe_arguments(function: Function) -> Function:
     # Decorators apply from the last line up, so RECIPE comes first on the command line.
     function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
     return click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")(function)
+
+
+def trust_option(function: Function) -> Function:
+    """Adds `trust_remote_code: bool`: whether code that ships with a model may run."""
+    return click.option(
+        "--trust-remote-code", is_flag=True, help="Run the code that ships with the model, where it has its own."
+    )(function)
 
 
 def sampling_options(function: Function) -> Function:

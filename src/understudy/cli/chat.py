@@ -25,9 +25,10 @@ def command(
     top_p: float,
     seed: int | None,
 ) -> None:
-    """Talk with a model: a Hugging Face directory, a Hub id, or a run directory. It needs a chat template.
+    """Talk with a model: a Hugging Face directory, a Hub id, or a run or checkpoint directory.
 
-    /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. On a pipe, each line is a turn.
+    It needs a chat template. /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer. On a
+    pipe, each line is a turn.
 
     Example: understudy chat runs/alpaca-smollm2 --temperature 0.7
     """
@@ -35,7 +36,7 @@ def command(
     from understudy.training.inference import Conversation, load_model, seed_sampling
 
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    conversation = Conversation(load_model(model), sampling, system)
+    conversation = Conversation(load_model(model, lambda line: click.echo(line, err=True)), sampling, system)
     seed_sampling(seed)
     interactive = sys.stdin.isatty()
     if interactive:

@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Score a model on RECIPE's evaluation data: loss, perplexity, token accuracy; exact match and ROUGE-L of answers.
 
-    MODEL is a Hugging Face directory, a Hub id, or a run directory; it takes the place of the recipe's own. The data is
-    data.eval, or the part of data.train that data.eval_fraction holds out.
+    MODEL is a Hugging Face directory, a Hub id, or a run or checkpoint directory; it takes the place of the recipe's
+    own. The data is data.eval, or the part of data.train that data.eval_fraction holds out.
 
     Example: understudy evaluate runs/alpaca-smollm2 recipe.yaml --samples 20
     """

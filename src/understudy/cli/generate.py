@@ -29,7 +29,7 @@ def command(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Let a model answer a prompt: a Hugging Face directory, a Hub id, or a run directory.
+    """Let a model answer a prompt: a Hugging Face directory, a Hub id, or a run or checkpoint directory.
 
     Without a chat template the text is completed as it is.
 
@@ -47,7 +47,7 @@ def command(
     from understudy.training.answering import Sampling
     from understudy.training.inference import load_model, seed_sampling
 
-    loaded = load_model(model)
+    loaded = load_model(model, lambda line: click.echo(line, err=True))
     if raw or (system is None and not loaded.has_chat_template):
         tokens = loaded.tokenizer.encode(text)
     else:

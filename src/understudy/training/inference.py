@@ -1,4 +1,4 @@
-"""Loads a trained model to try it: a Hugging Face directory, a Hub id, or the directory of a run."""
+"""Loads a trained model to try it: a Hugging Face directory, a Hub id, or the directory of a run or a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+from understudy.checkpoint.places import find_model
+from understudy.checkpoint.reloading import UNLOADABLE
 from understudy.devices.device import find_device
 from understudy.errors import UserError
-from understudy.launch.run_directory import MARKER, RunDirectory
-from understudy.models.architecture import UNBUILDABLE
 from understudy.models.source import model_directory
 from understudy.recipe.schema import Model
 from understudy.training.answering import Answered, Sampling, answer_stream
@@ -110,23 +108,18 @@ class Conversation:
         self._messages = list(self._opening)
 
 
-def locate_model(named: str) -> Path:
-    """The directory of a model, tokenizer included. A run directory stands for its final model; a Hub id is downloaded.
-    Raises `UserError` when there is no such model or it is not whole."""
+def locate_model(named: str, report: Callable[[str], None]) -> Path:
+    """The directory of a model, tokenizer included: what `find_model` makes of a directory; a Hub id is downloaded.
+
+    `report` is told which checkpoint was chosen, where there is a choice. Raises `UserError` when there is no such
+    model or it is not whole.
+    """
     path = Path(named).expanduser()
-    run = RunDirectory(path)
-    if (path / MARKER).is_file() or (run.model.is_dir() and not (path / "config.json").exists()):
-        if not run.model.is_dir():
-            raise UserError(
-                f"{named} is a run without a final model (no {run.model.name}/ in it); "
-                "let the run finish, or name a model directory."
-            )
-        path = run.model
-    elif path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"{named} is neither a model (no config.json in it) nor the directory of a run.")
+    if path.is_dir():
+        path = find_model(path, report).directory
     elif not path.exists() and (path.is_absolute() or named.startswith((".", "~")) or named.count("/") > 1):
         raise UserError(
-            f"there is no directory {named}; name a model's or a run's directory, or a Hub id (owner/name)."
+            f"there is no directory {named}; name that of a model, a run or a checkpoint, or a Hub id (owner/name)."
         )
     directory = model_directory(Model(path=str(path) if path.exists() else named))
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
@@ -134,25 +127,24 @@ def locate_model(named: str) -> Path:
     return directory
 
 
-def load_model(named: str) -> LoadedModel:
+def load_model(named: str, report: Callable[[str], None] = lambda line: None) -> LoadedModel:
     """Loads onto this machine's device, in the dtype the device prefers. Code that ships with a model is never run.
-    Raises `UserError` when it cannot be loaded."""
+    `named` and `report` are as in `locate_model`. Raises `UserError` when it cannot be loaded."""
     quiet_transformers()
-    directory = locate_model(named)
+    directory = locate_model(named, report)
     device = find_device()
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory)
-        network, report = AutoModelForCausalLM.from_pretrained(
+        network, loading = AutoModelForCausalLM.from_pretrained(
             directory, dtype=device.compute_dtypes[0], output_loading_info=True
         )
-    # What these libraries raise for a damaged or foreign directory: it is the model that cannot be loaded.
-    except (StrictDataclassError, SafetensorError, OSError, ImportError, *UNBUILDABLE) as error:
+    except UNLOADABLE as error:
         raise UserError(
             f"the model cannot be loaded: {_first_line(error).rstrip('.')}; name a whole model, or get it again.",
             file=directory,
         ) from error
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
         raise UserError(
             f"{named} lacks {len(missing)} of its weights, such as {missing[0]}; save or download it again."
         )

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from understudy.checkpoint.reloading import UnloadableModelError, reload_model, reload_tokenizer
 from understudy.contracts import IGNORED, Batch, Strategy
 from understudy.errors import UnderstudyError
 
@@ -55,13 +55,12 @@ def prove_model(
     Raises `UnprovenModelError` when weights are missing, left over or of another shape, when the chat template or the
     tokens of a text changed, or when logits differ by more than the dtype's tolerance. No collective.
     """
-    model, loading = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
-    )
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if loading.get(what):
-            raise UnprovenModelError(f"the model saved in {directory} has {what}: {list(loading[what])[:3]}")
-    _compare_tokenizers(directory, tokenizer, documents, trust_remote_code)
+    try:
+        model = reload_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        reloaded = reload_tokenizer(directory, trust_remote_code=trust_remote_code)
+    except UnloadableModelError as error:
+        raise UnprovenModelError(f"the model saved in {directory} {error.message}") from error
+    _compare_tokenizers(directory, reloaded, tokenizer, documents)
     with torch.no_grad():
         logits = torch.cat([model.eval()(input_ids=tokens.unsqueeze(0)).logits[0].float() for tokens in documents])
     scale = float(expected.abs().max())
@@ -74,8 +73,7 @@ def prove_model(
     return proof
 
 
-def _compare_tokenizers(directory: Path, tokenizer: Any, documents: Sequence[Tensor], trust_remote_code: bool) -> None:
-    reloaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+def _compare_tokenizers(directory: Path, reloaded: Any, tokenizer: Any, documents: Sequence[Tensor]) -> None:
     if reloaded.chat_template != tokenizer.chat_template:
         raise UnprovenModelError(f"the tokenizer saved in {directory} has another chat template than training used")
     for text in map(tokenizer.decode, documents):

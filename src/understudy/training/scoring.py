@@ -88,7 +88,7 @@ def score_model(
             "this recipe has no evaluation data; add `data.eval`, or take part of the training data with "
             "data.eval_fraction=0.05 on the command line.",
         )
-    directory = locate_model(named)
+    directory = locate_model(named, report)
     evaluated = recipe.model_copy(
         update={
             "model": Model(path=str(directory), attention=recipe.model.attention),
@@ -108,7 +108,7 @@ def score_model(
     assert cache is not None, "the recipe has evaluation data"
     scores = _loss(resolved, directory, cache, progress)
     count = min(recipe.evaluation.samples if samples is None else samples, len(cache))
-    return _with_answers(scores, named, resolved, cache, count, max_new_tokens, progress) if count else scores
+    return _with_answers(scores, str(directory), resolved, cache, count, max_new_tokens, progress) if count else scores
 
 
 def rouge_l(text: str, reference: str) -> float:
