@@ -23,7 +23,7 @@ from torch import Tensor
 from understudy.errors import UserError
 from understudy.recipe.environment import child_environment
 
-__all__ = ["DeepSpeedCheckpoint", "find_tag", "match_names", "open_deepspeed_checkpoint"]
+__all__ = ["MOMENTS", "DeepSpeedCheckpoint", "find_tag", "match_names", "open_deepspeed_checkpoint"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Those that DeepSpeed's tool knows (0.19.8)."""
@@ -107,6 +107,13 @@ class DeepSpeedCheckpoint:
     def names(self) -> list[str]:
         """Every parameter's name, as the engine's module calls it; of tied ones, one. Frozen parameters are last."""
         return [*self._shapes, *self._frozen_shapes]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shapes[name] if name in self._shapes else self._frozen_shapes[name])
+
+    def is_trained(self, name: str) -> bool:
+        """Whether it has moments."""
+        return name in self._shapes
 
     def weight(self, name: str) -> Tensor:
         """The parameter in its own shape, fp32: the master weight; of a frozen parameter, what it computed with."""

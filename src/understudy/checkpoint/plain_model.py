@@ -27,7 +27,7 @@ from understudy.errors import UnderstudyError, UserError, is_full_disk
 from understudy.models.source import read_config_file
 from understudy.models.weights import StoredTensor, WeightReader
 
-__all__ = ["Exported", "export_model"]
+__all__ = ["Exported", "copy_companions", "export_model"]
 
 SHARD_BYTES = 5 * 10**9
 """Tensors of a file, unless one alone is larger: what the Hub and its tools handle well."""
@@ -193,6 +193,11 @@ def _other_files(directory: Path, report: Callable[[str], None]) -> Iterator[Pat
             yield path
         elif not (path.parent == directory and path.name.startswith("model") and path.name.endswith(WEIGHTS)):
             report(f"left out: {path}")
+
+
+def copy_companions(directory: Path, out: Path, dtype: torch.dtype) -> None:
+    """Copies what stands beside the weights of the model in `directory`; those in `out` are of `dtype`."""
+    _copy(directory, list(_other_files(directory, lambda line: None)), out, dtype)
 
 
 def _copy(directory: Path, files: list[Path], out: Path, dtype: torch.dtype | None) -> None:

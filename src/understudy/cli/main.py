@@ -1,8 +1,9 @@
 """The entry point: finds commands without importing them, and turns every failure into an exit status.
 
-A command is a module of this package whose top level defines `command: click.Command`; it is called after its file,
-and the first line of its docstring is what `understudy --help` shows. Only the module of the command asked for is
-imported, so help and errors answer at once. A command's function returns its exit status, None for 0.
+A command is a module of this package whose top level defines `command: click.Command`; it is called after its file
+(`import_` for a name that Python keeps), and the first line of its docstring is what `understudy --help` shows. Only
+the module of the command asked for is imported, so help and errors answer at once. A command's function returns its
+exit status, None for 0.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ast
 import difflib
 import functools
 import importlib
+import keyword
 import sys
 import traceback
 from collections.abc import Sequence
@@ -123,7 +125,8 @@ def _full_disk(error: BaseException | None) -> str | None:
 
 
 def _module(name: str) -> str:
-    return name.replace("-", "_")
+    module = name.replace("-", "_")
+    return f"{module}_" if keyword.iskeyword(module) else module
 
 
 @functools.cache
@@ -134,7 +137,7 @@ def _summaries() -> dict[str, str]:
         tree = ast.parse(path.read_bytes())
         if any(_defines_command(node) for node in tree.body):
             lines = (ast.get_docstring(tree) or "").splitlines()
-            found[path.stem.replace("_", "-")] = lines[0] if lines else ""
+            found[path.stem.rstrip("_").replace("_", "-")] = lines[0] if lines else ""
     return found
 
 

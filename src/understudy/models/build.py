@@ -21,7 +21,7 @@ from understudy.models.probe import find_logit_transform
 from understudy.models.weights import WeightReader
 from understudy.recipe import schema
 
-__all__ = ["make_language_model", "open_weights"]
+__all__ = ["make_language_model", "open_weights", "shared_names"]
 
 
 def make_language_model(directory: Path, model: schema.Model, device: Device) -> LanguageModel:
@@ -56,7 +56,7 @@ def open_weights(directory: Path, model: LanguageModel) -> WeightReader:
     """A reader of `directory` under `model`'s parameter names, checked to hold all of them in the right shapes."""
     network = model.network
     aliases: dict[str, list[str]] = {}
-    for first, *others in _names_of_shared_parameters(network):
+    for first, *others in shared_names(network):
         aliases[first] = others
     renamed = _renamed(network, WeightReader(directory).names())
     reader = WeightReader(directory, renamed=renamed, aliases=aliases)
@@ -115,7 +115,8 @@ def _renamed(network: PreTrainedModel, stored: set[str]) -> dict[str, str]:
     return {name: new for name, new in renamed.items() if new in known}
 
 
-def _names_of_shared_parameters(network: nn.Module) -> list[list[str]]:
+def shared_names(network: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, its canonical one first."""
     names: dict[int, list[str]] = {}
     for name, parameter in network.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

@@ -30,7 +30,7 @@ from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
 
-__all__ = ["Prepared", "prepare_job"]
+__all__ = ["Prepared", "materialized_model", "prepare_job"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = tokenizer_directory(recipe.model)
     with sources.placing("model.path" if recipe.model.path else "model"):
-        directory = _model_directory(recipe)
+        directory = materialized_model(recipe)
         model = make_language_model(directory, recipe.model, find_device())
         open_weights(directory, model)
     config = model.config.get_text_config()
@@ -105,7 +105,8 @@ def _read_companions(
         make_companions(directory, recipe.model, tokenizer, train)
 
 
-def _model_directory(recipe: Recipe) -> Path:
+def materialized_model(recipe: Recipe) -> Path:
+    """The directory of the recipe's model, with its weights; random ones are made, once."""
     if recipe.model.init == "random":
         return materialize_random(recipe.model, recipe.training.seed, cache_directory())
     return model_directory(recipe.model)

@@ -80,7 +80,12 @@ def choose_checkpoint(
         found = _named(Path(resume), sources, say)
         if going_on:
             _refuse_another_course(found, store, sources)
-        if changes := _changes(recipe, found.progress, data_digest):
+        if "imported_from" in found.progress.written_by:
+            say(
+                f"{found.checkpoint} was imported: training goes on with the examples of step "
+                f"{found.progress.step + 1:,}, by this recipe"
+            )
+        elif changes := _changes(recipe, found.progress, data_digest):
             say(f"the recipe is not the one that wrote {found.checkpoint}: " + "; ".join(changes.values()))
         _refuse_what_cannot_go_on(recipe, sources, found)
     if found is not None and found.progress.step > total_steps:
