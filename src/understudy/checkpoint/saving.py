@@ -12,7 +12,7 @@ from shutil import disk_usage
 
 from torch import Tensor
 
-from understudy.checkpoint.durable import sync_tree, write_durably
+from understudy.checkpoint.durable import sync_directory, sync_tree, write_durably
 from understudy.checkpoint.manifest import FileEntry, describe_file, write_manifest, write_marker
 from understudy.checkpoint.ownership import assign_owners
 from understudy.checkpoint.progress import STATE, Progress
@@ -104,8 +104,9 @@ def commit_checkpoint(
             if path.is_file() and (name := path.relative_to(partial).as_posix()) not in files:
                 files[name] = describe_file(path)
         write_manifest(partial, files)
+        sync_directory(partial)
         write_marker(partial)
-        sync_tree(partial)
+        sync_directory(partial)
         if not still_ours():
             raise UnderstudyError(f"{store.directory.parent} was taken over by another run; this one must not go on.")
         return store.commit(partial, progress.step)

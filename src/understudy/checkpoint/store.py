@@ -72,6 +72,7 @@ class CheckpointStore:
         self._put_away(final, _DAMAGED)
         partial.rename(final)
         sync_directory(self.directory)
+        sync_directory(self.directory.parent)  # where `directory` was made, by the first checkpoint
         return final
 
     def retain(self, keep: int, *, best: bool) -> None:
