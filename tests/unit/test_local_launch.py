@@ -24,6 +24,7 @@ PREAMBLE = """
 import os, signal, sys, time
 from pathlib import Path
 from understudy.launch.cause import Cause, write_cause
+from understudy.launch.signals import SIGNALS
 rank = int(os.environ["RANK"])
 directory = Path(sys.argv[1])
 def fail(message, status, peer_failed=False):
@@ -153,6 +154,7 @@ WAITING = """
 import subprocess
 from understudy.launch.parent import die_with_parent
 die_with_parent(int(os.environ["UNDERSTUDY_LAUNCHER"]))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 (directory / f"pid-{rank}.part").write_text(str(os.getpid()))
 (directory / f"pid-{rank}.part").rename(directory / f"pid-{rank}")
 time.sleep(60)  # goes on after a signal that is handled
@@ -206,6 +208,7 @@ def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path, number: s
 
 def test_a_request_to_stop_reaches_no_child_of_a_worker(tmp_path: Path) -> None:
     body = """
+signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # or the child would inherit it
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 def stop(number, frame):
     time.sleep(0.3)
@@ -235,11 +238,20 @@ def test_the_second_signal_kills_everything_with_status_1(tmp_path: Path) -> Non
     assert gone_soon(workers)
 
 
-def test_a_request_before_the_processes_are_ready_stops_the_run_before_training(tmp_path: Path) -> None:
-    """Rank 0 would wait for rank 1 for ever: it can stop already, rank 1 cannot."""
+def test_a_request_waits_for_a_process_that_cannot_note_it_yet(tmp_path: Path) -> None:
+    body = "(directory / f'starting-{rank}').touch(); time.sleep(1)\n" + COMMITTING
+    arguments, _ = worker(tmp_path, body + WAITING)
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, str(tmp_path), *arguments], stderr=subprocess.PIPE)
+    wait_for(*(tmp_path / f"starting-{rank}" for rank in range(2)))
+    launcher.send_signal(signal.SIGTERM)
+    assert ended(launcher) == (75, "stopped by SIGTERM after step 7")
+
+
+def test_a_request_that_ends_a_process_before_training_stops_the_run(tmp_path: Path) -> None:
+    """Rank 0 would wait for rank 1 for ever: it obeys when it can, and rank 1 at once."""
     launcher, workers = started_launcher(tmp_path, "if rank == 0: " + DEAF)
     launcher.send_signal(signal.SIGTERM)
-    assert ended(launcher) == (75, "stopped by SIGTERM before training began; run again to start over.")
+    assert ended(launcher) == (75, "stopped by SIGTERM before training began; run again to train.")
     assert gone_soon(workers)
 
 
@@ -287,8 +299,10 @@ if rank == 0: time.sleep(60)
 write_cause(directory / "logs/rank-1.cause.json", Cause(1, time.time(), 75, "stopped early", None, "", False))
 sys.exit(75)
 """
+    began = time.monotonic()
     with pytest.raises(StoppedError, match="stopped early") as caught:
         launch(tmp_path, body)
+    assert time.monotonic() - began < 30, "it waited for rank 0 to end"
     assert not caught.value.begun
 
 
@@ -313,7 +327,7 @@ def test_what_an_earlier_run_left_is_not_taken_for_this_ones_cause(tmp_path: Pat
 def test_a_request_before_the_first_process_is_started_starts_none(tmp_path: Path, number: signal.Signals) -> None:
     with noted_signals():
         os.kill(os.getpid(), number)
-        with pytest.raises(StoppedError, match=f"stopped by {number.name} before training began; run again to start"):
+        with pytest.raises(StoppedError, match=f"stopped by {number.name} before training began; run again to train"):
             launch(tmp_path, "")
     assert list((tmp_path / "logs").iterdir()) == []
 

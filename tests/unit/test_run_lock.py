@@ -200,13 +200,15 @@ def test_an_owner_counts_so_that_others_see_it_alive(tmp_path: Path, monkeypatch
 
 
 def test_of_two_that_take_over_in_the_same_instant_one_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both have found the owner dead before either signs."""
+    """Both have found the owner dead before either signs, and one of them is slow."""
+    monkeypatch.setattr(run_lock, "SETTLE_SECONDS", 1.0)
     monkeypatch.setattr(fcntl, "flock", broken_flock)
     write_owner(tmp_path, process=dead_process())
     together, sign, outcomes = threading.Barrier(2, timeout=30), run_lock._sign, []
 
     def sign_together(*arguments: Any) -> None:
-        together.wait()
+        if together.wait() == 0:
+            time.sleep(0.2)
         sign(*arguments)
 
     monkeypatch.setattr(run_lock, "_sign", sign_together)

@@ -168,7 +168,7 @@ def test_a_request_while_preparing_is_one_sentence_status_75_and_leaves_nothing(
 ) -> None:
     with training(tmp_path, environment=environment) as command:
         errors = stop_once_it_owns_its_directory(command, tmp_path, number)
-    assert errors == f"stopped by {number.name} before training began; run again to start over.\n"
+    assert errors == f"stopped by {number.name} before training began; run again to train.\n"
     assert command.returncode == 75
     assert not (tmp_path / "out").exists()
 
@@ -180,7 +180,7 @@ def test_an_interrupt_of_the_terminal_is_one_sentence_while_other_processes_toke
         time.sleep(0.5)  # they are being started
         os.killpg(command.pid, signal.SIGINT)
         _, errors = command.communicate(timeout=60)
-    assert errors == "stopped by SIGINT before training began; run again to start over.\n"
+    assert errors == "stopped by SIGINT before training began; run again to train.\n"
     assert command.returncode == 75
 
 

@@ -56,7 +56,7 @@ class StopRequests:
 
     def before_training(self) -> StoppedError:
         """The error of a run that has not begun."""
-        return StoppedError(f"stopped by {self} before training began; run again to start over.", begun=False)
+        return StoppedError(f"stopped by {self} before training began; run again to train.", begun=False)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         now, received = time.monotonic(), signal.Signals(number)
