@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +41,20 @@ def make_weights(step: int) -> dict[str, Tensor]:
     return dict(AutoModelForCausalLM.from_config(make_config()).state_dict())
 
 
-def make_progress(step: int, eval_loss: float | None = None) -> Progress:
+def make_progress(
+    step: int,
+    eval_loss: float | None = None,
+    *,
+    recipe: Mapping[str, Any] = MappingProxyType({"optimizer.kind": "adamw"}),
+    data_digest: str = "cd" * 32,
+) -> Progress:
     return Progress(
         step=step,
         epoch=step / 10,
         tokens=100 * step,
-        recipe={"optimizer.kind": "adamw"},
+        recipe=dict(recipe),
         recipe_digest="ab" * 32,
-        data_digest="cd" * 32,
+        data_digest=data_digest,
         loss_scale=(1024.0, step),
         eval_loss=eval_loss,
         written_by={"strategy": "ddp", "processes": RANKS},
@@ -59,8 +68,8 @@ def write_companions(directory: Path) -> None:
     write_tokenizer(directory)
 
 
-def write_checkpoint(store: CheckpointStore, step: int, eval_loss: float | None = None) -> Path:
-    """Commits the checkpoint of `step`: weights of `make_weights`, two moments each."""
+def write_checkpoint(store: CheckpointStore, step: int, eval_loss: float | None = None, **progress: Any) -> Path:
+    """Commits the checkpoint of `step`: weights of `make_weights`, two moments each; `progress` as `make_progress`."""
     weights = make_weights(step)
     moments = {
         f"{name}.{key}": tensor + len(key) for name, tensor in weights.items() for key in ("exp_avg", "exp_avg_sq")
@@ -71,7 +80,14 @@ def write_checkpoint(store: CheckpointStore, step: int, eval_loss: float | None 
     for rank in range(RANKS):
         write_part(plan, partial, rank, _owned(plan.model, weights, rank), _owned(plan.optimizer, moments, rank), {})
     return commit_checkpoint(
-        plan, store, partial, RANKS, make_progress(step, eval_loss), {}, write_companions, still_ours=lambda: True
+        plan,
+        store,
+        partial,
+        RANKS,
+        make_progress(step, eval_loss, **progress),
+        {},
+        write_companions,
+        still_ours=lambda: True,
     )
 
 

@@ -67,7 +67,7 @@ sys.exit(status)
 def test_every_command_has_one_line_of_help_and_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = front.program.get_command(click.Context(front.program), name)
     assert isinstance(command, click.Command)
-    module = sys.modules[f"understudy.cli.{name.replace('-', '_')}"]
+    module = sys.modules[f"understudy.cli.{front._module(name)}"]
     assert (module.__doc__ or "").splitlines()[0].endswith(".")
     assert front.exit_status([name, "--help"]) == 0
     assert "xample" in capsys.readouterr().out

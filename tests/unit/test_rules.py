@@ -105,6 +105,16 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         [{"evaluation.every": 3, "data.eval_fraction": 0.1}, {"evaluation.samples": 0}],
     ),
     (
+        "the_best_checkpoint_is_told_by_evaluation",
+        [("checkpoint.keep_best", {"checkpoint.keep_best": True})],
+        [{"checkpoint.keep_best": True, "data.eval_fraction": 0.1}, {"checkpoint.keep_best": False}],
+    ),
+    (
+        "resuming_has_a_place",
+        [("checkpoint.resume", {"checkpoint.resume": " "})],
+        [{"checkpoint.resume": "never"}, {"checkpoint.resume": "runs/a/checkpoints/step-00000010"}],
+    ),
+    (
         "a_run_has_one_length",
         [("training.max_steps", {"training.max_steps": 3, "training.epochs": 3})],
         [{"training.max_steps": 3}, {"training.epochs": 1}],

@@ -5,13 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from understudy.errors import StoppedError
-from understudy.launch.signals import SIGNALS
+from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
 from understudy.training.hooks import Hook, StepResult, TrainingState
 
 __all__ = ["StopHook", "StopRequest"]
@@ -25,7 +24,7 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._received = 0
+        self._requests = StopRequests()
         self._flag = torch.zeros(1, dtype=torch.int32)
         self._exchange: dist.Work | None = None
 
@@ -33,21 +32,14 @@ class StopRequest:
     def noting_signals(self) -> Iterator[None]:
         """While inside, the signals do nothing but be noted. They may have been blocked until now, so that one which
         came while the process started is not lost."""
-
-        def note(number: int, _frame: FrameType | None) -> None:
-            self._received = number
-
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        try:
+        with noted_signals() as self._requests:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def exchange(self) -> None:
         """Begins to ask all ranks; a collective."""
-        self._flag = torch.tensor([self._received], dtype=torch.int32)
+        received = self._requests.received
+        self._flag = torch.tensor([received[0] if received else 0], dtype=torch.int32)
         self._exchange = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
 
     def agreed(self) -> signal.Signals | None:
