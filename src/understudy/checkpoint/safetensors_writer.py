@@ -63,7 +63,12 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         self._file = self._partial.open("wb", buffering=0)
-        self._put(memoryview(_header(self._layout, self._metadata)))
+        try:
+            self._put(memoryview(_header(self._layout, self._metadata)))
+        except BaseException:  # `__exit__` is for those who have entered
+            self._file.close()
+            self._partial.unlink()
+            raise
         self._expected = iter(self._layout.items())
         return self
 

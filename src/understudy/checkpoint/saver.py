@@ -18,9 +18,6 @@ from understudy.contracts import Strategy
 
 __all__ = ["CheckpointSaver", "SaveSettings"]
 
-SMALL_FILES_BYTES = 64 * 2**20
-"""Room for what stands beside the tensors: tokenizer, configuration, lists."""
-
 
 @dataclass(frozen=True)
 class SaveSettings:
@@ -64,7 +61,7 @@ class CheckpointSaver:
         partial = store.partial(progress.step, self._settings.token)
         if self._rank == 0:
             store.begin(partial)
-            self._require_space(plan.num_bytes)
+            self._require_space(plan.needed_bytes)
         dist.barrier()
         weights: Tensors = self._strategy.state(plan.model.owners.__getitem__)
         optimizer_state: Tensors = self._strategy.optimizer_state(plan.optimizer.owners.__getitem__)
@@ -98,10 +95,10 @@ class CheckpointSaver:
                 raise self._failure
             dist.barrier()
 
-    def _require_space(self, num_bytes: int) -> None:
-        needed = num_bytes + SMALL_FILES_BYTES
-        if disk_usage(self._settings.store.directory).free < needed:
-            raise full_disk(self._settings.store.directory, needed)
+    def _require_space(self, needed_bytes: int) -> None:
+        directory = self._settings.store.directory
+        if disk_usage(directory).free < needed_bytes:
+            raise full_disk(directory, needed_bytes)
 
     def _write_noting_failure(
         self, plan: CheckpointPlan, partial: Path, progress: Progress, weights: Tensors, optimizer_state: Tensors

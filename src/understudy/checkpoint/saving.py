@@ -24,6 +24,8 @@ from understudy.errors import UnderstudyError, UserError, is_full_disk
 __all__ = ["CheckpointPlan", "Tensors", "commit_checkpoint", "full_disk", "write_part"]
 
 POLL_SECONDS = 0.02
+SMALL_FILES_BYTES = 64 * 2**20
+"""Room for what stands beside the tensors: tokenizer, configuration, lists."""
 LONGEST_WAIT_SECONDS = 1800.0
 """For another rank's part: as long as a collective may take. A rank that died is noticed long before by its peers."""
 
@@ -51,6 +53,11 @@ class CheckpointPlan:
     def num_bytes(self) -> int:
         return self.model.num_bytes + self.optimizer.num_bytes
 
+    @property
+    def needed_bytes(self) -> int:
+        """What must be free on the disk."""
+        return self.num_bytes + SMALL_FILES_BYTES
+
 
 def write_part(
     plan: CheckpointPlan,
@@ -69,7 +76,12 @@ def write_part(
     if plan.optimizer.layout:
         mine.append((partial / "optimizer", plan.optimizer, optimizer_state, {}))
     files: dict[str, FileEntry] = {}
-    with _full_disk_explained(partial, plan, files):
+
+    def remove_written() -> None:
+        for name in files:
+            (partial / name).unlink(missing_ok=True)
+
+    with _full_disk_explained(plan, partial.parent, remove_written):
         for directory, shards, tensors, extra in mine:
             for name, entry in shards.write(directory, rank, tensors, extra).items():
                 files[f"{directory.name}/{name}"] = entry
@@ -91,10 +103,11 @@ def commit_checkpoint(
     """Waits for every rank's part, adds the small files, and commits. One process calls it, after its own part.
 
     Everything is on the disk before the manifest, the manifest before the marker, and the marker before the checkpoint
-    gets its name. `still_ours` is asked last, for another run may have taken the directory over meanwhile.
+    gets its name. `still_ours` is asked last, for another run may have taken the directory over meanwhile. On a full
+    disk all that was written is removed and the error names the path and the bytes needed.
     """
-    with _full_disk_explained(partial, plan, {}):
-        files = _parts(partial, world_size)
+    files = _parts(partial, world_size)
+    with _full_disk_explained(plan, store.directory, lambda: store.discard(partial)):
         (partial / "parts").rmdir()
         write_companions(partial / "model")
         plan.model.write_index(partial / "model", buffers)
@@ -132,22 +145,23 @@ def _part(partial: Path, rank: int) -> Path:
 
 
 @contextmanager
-def _full_disk_explained(partial: Path, plan: CheckpointPlan, written: Mapping[str, FileEntry]) -> Iterator[None]:
-    """Makes a sentence of a full disk, and room by removing what this rank has `written`."""
+def _full_disk_explained(plan: CheckpointPlan, directory: Path, make_room: Callable[[], None]) -> Iterator[None]:
+    """Makes a sentence of a full disk, and room: the processes' logs, which tell of it, are on the same disk."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:  # not of the system's own type where tokenizers, written in Rust, writes
         if not is_full_disk(error):
             raise
-        for name in written:
-            (partial / name).unlink(missing_ok=True)
-        raise full_disk(partial.parent, plan.num_bytes) from error
+        free_bytes = disk_usage(directory).free
+        make_room()
+        raise full_disk(directory, plan.needed_bytes, free_bytes) from error
 
 
-def full_disk(directory: Path, needed_bytes: int) -> UserError:
-    """The error for a checkpoint that `directory` has no room for."""
+def full_disk(directory: Path, needed_bytes: int, free_bytes: int | None = None) -> UserError:
+    """The error for a checkpoint that `directory` has no room for; `free_bytes` is asked of the disk if left out."""
+    free = disk_usage(directory).free if free_bytes is None else free_bytes
     return UserError(
-        f"the disk is full: a checkpoint needs {needed_bytes:,} bytes and {disk_usage(directory).free:,} are free; "
+        f"the disk is full: a checkpoint needs {needed_bytes:,} bytes and {free:,} are free; "
         "free some space, lower checkpoint.keep, or choose an output_dir on another disk. Checkpoints committed "
         "before are intact.",
         file=directory,

@@ -66,6 +66,10 @@ class CheckpointStore:
         for name in ("model", "optimizer", "parts"):
             (partial / name).mkdir()
 
+    def discard(self, partial: Path) -> None:
+        """Removes what no process writes to any more."""
+        _remove(partial)
+
     def commit(self, partial: Path, step: int) -> Path:
         """Gives a complete checkpoint its name, for good."""
         final = self.path(step)
