@@ -83,7 +83,11 @@ def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str
 
 
 def rows(tmp_path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    return read_rows(tmp_path / "run")
+
+
+def read_rows(run_directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def check_model(directory: Path, dtype: torch.dtype = torch.float32) -> None:
