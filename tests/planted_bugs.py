@@ -126,10 +126,9 @@ def _restored(changed: Callable[[TrainingState], TrainingState]) -> Iterator[Non
 def _epoch_seed_lost() -> Iterator[None]:
     """Epochs are counted from the start of the process."""
     epoch_order = EpochOrder.epoch
-    first: dict[int, int] = {}
 
     def epoch(self: EpochOrder, epoch: int) -> Any:
-        return epoch_order(self, epoch - first.setdefault(id(self), epoch))
+        return epoch_order(self, epoch - vars(self).setdefault("_first_asked", epoch))
 
     with patch.object(EpochOrder, "epoch", epoch):
         yield

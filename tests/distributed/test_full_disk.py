@@ -41,7 +41,7 @@ def disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     except FileNotFoundError as error:
         refused = str(error)
     if refused:
-        reason = f"a file system of its own cannot be mounted here: {refused}"
+        reason = f"a file system of its own cannot be mounted here: {refused.splitlines()[0]}"
         (pytest.fail if "CI" in os.environ else pytest.skip)(reason)
     try:
         yield directory
