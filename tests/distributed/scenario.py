@@ -18,13 +18,13 @@ VOCABULARY = 64
 Document = tuple[torch.Tensor, torch.Tensor]
 
 
-def write_model(directory: Path, *, tied: bool) -> None:
+def write_model(directory: Path, *, tied: bool, hidden_size: int = 32, intermediate_size: int = 64) -> None:
     """A random two-layer Llama, fp32, as a Hugging Face directory."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

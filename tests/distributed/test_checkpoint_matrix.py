@@ -1,4 +1,4 @@
-"""A checkpoint saved under one strategy and world size resumes under every other."""
+"""A checkpoint saved under one strategy and world size resumes under every other, whatever the optimizer."""
 
 from __future__ import annotations
 
@@ -6,21 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint_matrix import STRATEGIES, Matrix, Place
-
-ADAMW = {"kind": "adamw", "learning_rate": 1e-2, "weight_decay": 0.1}
+from tests.distributed.checkpoint_matrix import OPTIMIZERS, STRATEGIES, Matrix, Place
 
 
 @pytest.mark.distributed
 def test_weights_and_moments_are_bitwise_and_losses_go_on(tmp_path: Path) -> None:
-    matrix = Matrix(tmp_path, optimizer=ADAMW)
+    matrix = Matrix(tmp_path)
     matrix.save([Place(1, "ddp"), Place(2, "fsdp"), Place(2, "zero2"), Place(2, "zero3")])
     assert matrix.resume([Place(1, "ddp"), *(Place(2, strategy) for strategy in STRATEGIES)]) == []
+
+
+@pytest.mark.distributed
+def test_every_optimizer_and_precision_goes_on_to_the_bit(tmp_path: Path) -> None:
+    places = [Place(2, strategy, optimizer) for strategy in ("ddp", "fsdp") for optimizer in OPTIMIZERS]
+    places += [Place(2, "zero2", optimizer) for optimizer in ("adamw_8bit", "lion", "sgd")]
+    places += [Place(2, "zero3", "adamw_8bit"), Place(2, "zero0", "adamw", "bf16")]
+    places += [Place(2, strategy, "adamw", "bf16") for strategy in ("fsdp", "zero1", "zero3-offload")]
+    places += [Place(2, strategy, "adamw", "fp16") for strategy in ("ddp", "fsdp")]
+    # Sizes at which ranks' parts of a parameter cut the blocks of 8-bit moments.
+    matrix = Matrix(tmp_path, sizes={"hidden_size": 64, "intermediate_size": 100})
+    matrix.save(places)
+    assert matrix.resume(places) == []
 
 
 @pytest.mark.matrix
 def test_every_strategy_at_every_size_resumes_from_every_other(tmp_path: Path) -> None:
     places = [Place(size, strategy) for size in (1, 2, 4) for strategy in STRATEGIES]
-    matrix = Matrix(tmp_path, optimizer=ADAMW, tied=False)
+    matrix = Matrix(tmp_path, tied=False)
     matrix.save(places)
     assert matrix.resume(places) == []

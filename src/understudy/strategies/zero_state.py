@@ -84,15 +84,18 @@ class ZeroState:
     def _read(
         self, flat: Tensor, members: Mapping[str, nn.Parameter], stored: Mapping[str, Mapping[str, LazyTensor]]
     ) -> Kept:
+        """State of a whole partition, from what is stored of each parameter; zeros for one of which a key is not."""
         kept: Kept = {}
-        for key, first in stored[next(iter(members))].items():
-            if not first.shape:
-                kept[key] = first[()]
-                continue
-            kept[key] = torch.zeros(flat.shape, dtype=first.dtype, device=flat.device)
-            for name, parameter in members.items():
-                if (part := self._part(parameter)) is not None:
-                    values = read_flat(stored[name][key], part.start, part.start + part.numel)
+        for name, parameter in members.items():
+            part = self._part(parameter)
+            for key, value in stored[name].items():
+                if not value.shape:
+                    kept[key] = value[()]
+                    continue
+                if key not in kept:
+                    kept[key] = torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+                if part is not None:
+                    values = read_flat(value, part.start, part.start + part.numel)
                     kept[key][part.offset : part.offset + values.numel()] = values.to(flat.device)
         return kept
 

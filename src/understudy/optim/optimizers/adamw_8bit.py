@@ -83,28 +83,33 @@ def _adamw_8bit(
             state["step"] = int(kept["step"])
             for name, suffix in _MOMENTS.items():
                 values, qmap = state[f"state{suffix}"], state.get(f"qmap{suffix}")
+                moment = self._moment(kept, name, suffix)
                 if qmap is None:
-                    values.copy_(self._moment(kept, name, suffix))
-                elif f"{name}_codes" not in kept:
-                    self._quantize(state, suffix, kept[name])
-                else:
-                    self._quantize(state, suffix, self._moment(kept, name, suffix))
-                    self._keep_blocks(state, suffix, kept[f"{name}_codes"], kept[f"{name}_scale"])
+                    values.copy_(moment)
+                    continue
+                self._quantize(state, suffix, moment)
+                if f"{name}_codes" in kept:
+                    self._keep_blocks(state, suffix, moment, kept[f"{name}_codes"], kept[f"{name}_scale"])
 
         def _initialize(self, parameter: Tensor) -> None:
-            for gindex, group in enumerate(self.param_groups):
-                for pindex, other in enumerate(group["params"]):
-                    if other is parameter:
-                        self.init_state(group, parameter, gindex, pindex)
+            """Makes empty state. Its form depends on the parameter alone; ZeRO-3 has parameters in their groups only
+            while it steps."""
+            group = self.param_groups[0]
+            members, group["params"] = group["params"], [parameter]
+            self.init_state(group, parameter, 0, 0)
+            group["params"] = members
             if "dynamic" not in self.name2qmap:
                 self.fill_qmap()
 
         def _moment(self, kept: Kept, name: str, suffix: str) -> Tensor:
-            """The moment in fp32."""
+            """The moment in fp32. A partition may hold small parameters that were kept in fp32 beside others that were
+            not: what is not there is zero."""
+            moment = torch.zeros(())
             if name in kept:
-                return kept[name]
-            qmap = self.name2qmap["dynamic" if suffix == "1" else "udynamic"].to(kept[f"{name}_codes"].device)
-            moment: Tensor = qmap[kept[f"{name}_codes"].long()] * kept[f"{name}_scale"]
+                moment = kept[name]
+            if f"{name}_codes" in kept:
+                qmap = self.name2qmap["dynamic" if suffix == "1" else "udynamic"].to(kept[f"{name}_codes"].device)
+                moment = moment + qmap[kept[f"{name}_codes"].long()] * kept[f"{name}_scale"]
             return moment
 
         def _quantize(self, state: dict[str, Any], suffix: str, moment: Tensor) -> None:
@@ -114,13 +119,17 @@ def _adamw_8bit(
             state[f"state{suffix}"].copy_(codes.view(state[f"state{suffix}"].shape))
             state[f"absmax{suffix}"].copy_(quantized.absmax)
 
-        def _keep_blocks(self, state: dict[str, Any], suffix: str, codes: Tensor, scales: Tensor) -> None:
-            """Puts back, as they were, the blocks whose elements were one block before. A scale of 0 is that of
-            padding, which belongs to any block; its code was set by quantising its zeros."""
+        def _keep_blocks(
+            self, state: dict[str, Any], suffix: str, moment: Tensor, codes: Tensor, scales: Tensor
+        ) -> None:
+            """Puts back, as they were, the blocks whose elements were one block before. A zero without a scale is
+            padding, which belongs to any block; its code was set by quantising it."""
             values, absmax = state[f"state{suffix}"].view(-1), state[f"absmax{suffix}"]
-            rows = nn.functional.pad(scales.reshape(-1), (0, -values.numel() % _BLOCK)).view(-1, _BLOCK)
+            padding = (0, -values.numel() % _BLOCK)
+            rows = nn.functional.pad(scales.reshape(-1), padding).view(-1, _BLOCK)
+            empty = (rows == 0) & (nn.functional.pad(moment.reshape(-1), padding).view(-1, _BLOCK) == 0)
             largest = rows.amax(1)
-            same = ((rows == largest[:, None]) | (rows == 0)).all(1)
+            same = ((rows == largest[:, None]) | empty).all(1)
             absmax[same] = largest[same].to(absmax.device)
             elements = same.repeat_interleave(_BLOCK)[: values.numel()] & (scales.reshape(-1) != 0)
             values[elements] = codes.reshape(-1)[elements].to(values.device)
