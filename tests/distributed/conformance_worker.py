@@ -26,16 +26,20 @@ from understudy.strategies.registry import make_strategy
 
 
 class Poisoned:
-    """An objective whose gradient is not finite."""
+    """An objective whose gradient is not finite; with `value_only`, its loss alone, and on rank 0 alone."""
 
-    def __init__(self, objective: Objective) -> None:
+    def __init__(self, objective: Objective, rank: int, *, value_only: bool) -> None:
         self.objective = objective
+        self.rank = rank
+        self.value_only = value_only
 
     def prepare(self, batch: Batch) -> Batch:
         return self.objective.prepare(batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
         loss, num_tokens, metrics = self.objective.loss(model, batch)
+        if self.value_only:
+            return LossSum(loss + (float("inf") if self.rank == 0 else 0.0), num_tokens, metrics)
         return LossSum(loss * float("inf"), num_tokens, metrics)
 
 
@@ -76,7 +80,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     for step in range(case["poisoned_steps"]):
         batches = scenario.micro_batches(step, world.rank, world.size)
         try:
-            strategy.forward_backward(batches, Poisoned(objective), 1)
+            poisoned = Poisoned(objective, world.rank, value_only=step % 2 == 1)
+            strategy.forward_backward(batches, poisoned, 1)
         except DivergedError as error:
             return {"diverged": str(error)}
         norm = strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)

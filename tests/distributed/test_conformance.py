@@ -76,7 +76,7 @@ def cases_of(name: str, models: dict[bool, Path]) -> dict[str, Any]:
     for precision in low_precisions(name):
         cases[precision] = case(models[True], strategy, ADAMW, 3, precision=precision, max_grad_norm=0.5)
     cases["poisoned_bf16"] = case(
-        models[True], strategy, ADAMW, 3, precision="bf16", max_grad_norm=0.5, poisoned_steps=1
+        models[True], strategy, ADAMW, 3, precision="bf16", max_grad_norm=0.5, poisoned_steps=2
     )
     return cases
 

@@ -20,6 +20,7 @@ class MetricsHook(Hook):
 
     `loss`, `grad_norm`, `tokens` and `supervised_tokens` are of that step; `tokens_per_second` (real tokens over all
     ranks) and `step_seconds` (a mean) cover the steps since the last row, without what other hooks do between steps.
+    `skipped` is there, and 1, when loss or gradient were not finite.
     The device is read once a row. Sinks exist on rank 0 only; the other ranks have none and do nothing.
     """
 
@@ -60,7 +61,7 @@ class MetricsHook(Hook):
             self._forget_interval()
 
     def _row(self, result: StepResult, loss: float, norm: float) -> Row:
-        return {
+        row: dict[str, float] = {
             "step": result.state.step,
             "epoch": result.state.epoch,
             "loss": loss,
@@ -72,6 +73,9 @@ class MetricsHook(Hook):
             "step_seconds": self._seconds / self._steps,
             "memory_peak_bytes": self._memory_peak_bytes(),
         }
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            row["skipped"] = 1  # the strategy has left the weights alone
+        return row
 
     def _forget_interval(self) -> None:
         self._seconds, self._steps, self._tokens = 0.0, 0, 0

@@ -88,7 +88,7 @@ class PlainConsoleSink(ConsoleSink):
         now = time.monotonic()
         step = row["step"]
         self._first = self._first or (now, step)
-        if now < self._next_line and step != self._total_steps:
+        if now < self._next_line and step != self._total_steps and "skipped" not in row:
             return
         self._next_line = now + LINE_SECONDS
         self._console.say(training_line(row, self._total_steps, self._seconds_left(now, step)))
@@ -109,6 +109,8 @@ def training_line(row: Row, total_steps: int, seconds_left: float | None) -> str
         f"grad norm {row['grad_norm']:.3f}",
         f"{_count(row['tokens_per_second'])} tokens/s",
     ]
+    if "skipped" in row:
+        parts.append("skipped: loss or gradient is not finite")
     if seconds_left is not None:
         parts.append(f"left {_duration(seconds_left)}")
     return "  ".join(parts)
