@@ -166,6 +166,18 @@ def failed_writer_problems(scratch: Path) -> list[str]:
     return problems + [f"{path.name} is taken for a checkpoint" for path in store.committed()]
 
 
+def unshared_disk_problems(scratch: Path) -> list[str]:
+    """A rank that does not see what rank 0 made ends in a sentence. A process group of one must exist."""
+    store = CheckpointStore(scratch / "checkpoints")
+    settings = _settings(store, background=False, keep=1)
+    saver = CheckpointSaver(_StateOnly(), settings, rank=1, world_size=2)  # type: ignore[arg-type]
+    try:
+        saver.save(_progress(10))
+    except UserError as error:
+        return [] if "choose an output_dir that all of them share" in str(error) else [str(error)]
+    return ["a rank on another disk went on"]
+
+
 class _StateOnly:
     """As much of a strategy as saving asks for; its tensors are a function of `step`."""
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_a_row_has_the_promised_columns_and_the_mean_loss_of_a_supervised_token(
         "step_seconds": 2.0,
         "memory_peak_bytes": 77,
     }
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 0.5), (8.0, float("inf"))])
+def test_a_step_that_was_left_out_says_so(loss: float, norm: float) -> None:
+    sink = Rows()
+    hook = MetricsHook([sink], every=1, total_steps=2, memory_peak_bytes=lambda: 77)
+    hook.before_step(TrainingState())
+    hook.after_step(replace(result(1, loss), grad_norm=torch.tensor(norm)))
+    assert sink.rows[0]["skipped"] == 1
+    assert "skipped: loss or gradient is not finite" in training_line(sink.rows[0], 2, None)
 
 
 def test_speed_covers_the_steps_since_the_last_row_without_the_time_between_steps() -> None:

@@ -15,6 +15,7 @@ from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saving import CheckpointPlan, Tensors, commit_checkpoint, full_disk, write_part
 from understudy.checkpoint.store import CheckpointStore
 from understudy.contracts import Strategy
+from understudy.errors import UserError
 
 __all__ = ["CheckpointSaver", "SaveSettings"]
 
@@ -63,6 +64,12 @@ class CheckpointSaver:
             store.begin(partial)
             self._require_space(plan.needed_bytes)
         dist.barrier()
+        if not partial.is_dir():
+            raise UserError(
+                "is on another disk than rank 0's of that name: hosts write one checkpoint together; choose an "
+                "output_dir that all of them share.",
+                file=store.directory,
+            )
         weights: Tensors = self._strategy.state(plan.model.owners.__getitem__)
         optimizer_state: Tensors = self._strategy.optimizer_state(plan.optimizer.owners.__getitem__)
         if not self._settings.background:

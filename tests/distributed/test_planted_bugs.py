@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.checkpoint_checks import completeness_problems, crash_problems, failed_writer_problems
+from tests.checkpoint_checks import (
+    completeness_problems,
+    crash_problems,
+    failed_writer_problems,
+    unshared_disk_problems,
+)
 from tests.exact_resume import STEPS_PER_EPOCH, TOTAL_STEPS, resume_problems
 from tests.planted_bugs import PLANTED_BUGS, Check
 from understudy.parallel.world import process_group
 from understudy.recipe.environment import ProcessEnvironment
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.distributed
 
 CHECKS: dict[Check, Callable[[Path], list[str]]] = {
     "crash": crash_problems,
@@ -47,6 +52,10 @@ def test_a_checkpoint_is_committed_once_every_rank_has_written_and_holds_all_of_
 
 def test_a_writer_that_fails_behind_the_loop_is_told_of(tmp_path: Path) -> None:
     assert failed_writer_problems(tmp_path) == []
+
+
+def test_a_host_on_another_disk_is_told_so(tmp_path: Path) -> None:
+    assert unshared_disk_problems(tmp_path) == []
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
