@@ -9,12 +9,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks import head, startup, tokenizing, training
+from benchmarks import checkpoints, head, startup, tokenizing, training
 from benchmarks.process import ROOT
 from benchmarks.smollm2 import require_model
 
 DATA_FILES = ("alpaca_en_demo.json", "c4_demo.jsonl")
-NAMES = ("startup", "tokenizing", "head", "training")
+NAMES = ("startup", "tokenizing", "head", "training", "checkpoints")
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
         missing = [name for name in DATA_FILES if not (arguments.data / name).is_file()]
         if missing:
             sys.exit(f"{arguments.data} has no {missing[0]}; name the directory that has it with --data.")
+    if {"tokenizing", "training", "checkpoints"} & set(names):
         require_model(arguments.model)
     if "startup" in names:
         startup.compare()
@@ -43,6 +44,8 @@ def main() -> None:
         head.compare()
     if "training" in names:
         training.compare(arguments.model, arguments.data)
+    if "checkpoints" in names:
+        checkpoints.compare(arguments.model)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ class Striker:
         pids = [int(path.name) for path in self._processes.iterdir()] if self._victims == "all" else []
         for pid in pids:
             if pid != os.getpid():
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it died with its launcher, a moment ago
+                    os.kill(pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
     def around(self, point: str, function: Callable[..., Any], halfway: Callable[..., None]) -> Callable[..., Any]:
