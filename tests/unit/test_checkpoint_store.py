@@ -78,6 +78,13 @@ def test_the_best_is_kept_beside_the_newest(store: CheckpointStore) -> None:
     assert steps(store) == [60]  # as good, and newer
 
 
+def test_a_loss_that_is_no_number_is_not_the_best(store: CheckpointStore) -> None:
+    for step, loss in ((10, 2.0), (20, float("nan")), (30, float("inf")), (40, 3.0)):
+        write_checkpoint(store, step, eval_loss=loss)
+    store.retain(1, best=True)
+    assert [path.name for path in store.committed()] == ["step-00000040", "step-00000010"]
+
+
 def test_without_evaluations_there_is_no_best_to_keep(store: CheckpointStore) -> None:
     for step in (10, 20, 30):
         commit(store, step)

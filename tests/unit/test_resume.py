@@ -122,6 +122,7 @@ def test_auto_refuses_other_data(store: CheckpointStore) -> None:
     "changes",
     [
         {"strategy": "zero3-offload"},
+        {"model": {"path": "moved/to/m", "tokenizer": "moved/to/tokenizer", "attention": "eager"}},
         {"cluster": {"processes": 4}},
         {"training": {"precision": "fp32", "micro_batch_tokens": 4096, "activation_checkpointing": "full"}},
         {"logging": {"every": 10}, "checkpoint": {"resume": "auto", "keep": 5}, "name": "other"},

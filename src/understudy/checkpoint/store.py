@@ -6,6 +6,7 @@ here is a collective; one process commits, retains and cleans.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -139,10 +140,12 @@ def verify_checkpoint(path: Path) -> Progress:
 
 
 def _eval_loss(path: Path) -> float | None:
+    """None where there is none that could be the best."""
     try:
-        return read_progress(path).eval_loss
+        loss = read_progress(path).eval_loss
     except DamagedCheckpointError:
         return None
+    return loss if loss is not None and math.isfinite(loss) else None
 
 
 def _remove(path: Path) -> None:

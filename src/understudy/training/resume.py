@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from understudy.checkpoint.manifest import DamagedCheckpointError
@@ -22,6 +22,7 @@ DETERMINING = ("model", "objective", "optimizer", "schedule", "training", "data.
 """What of a recipe determines the course of training; strategy, processes, logging and the like do not."""
 NOT_DETERMINING = (
     "model.attention",
+    "model.tokenizer",  # the digest of the prepared data tells
     "model.trust_remote_code",
     "training.activation_checkpointing",
     "training.compile",
@@ -43,6 +44,9 @@ class Resumption:
 def determinants(recipe: Recipe) -> dict[str, Any]:
     """By dotted key, what must stay the same for a resumed run to be the run it resumes."""
     flat = _flattened(recipe.model_dump(mode="json"))
+    if flat["model.path"] is not None:
+        # Its weights are the checkpoint's by now; another name means another model, another place does not.
+        flat["model.path"] = PurePath(flat["model.path"]).name
     return {key: value for key, value in flat.items() if _determines(key)}
 
 
