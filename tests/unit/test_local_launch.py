@@ -179,9 +179,10 @@ def stop(number, frame):
     time.sleep(0.5 * rank)
     (directory / f"committed-{rank}").touch()
     fail(f"stopped by {signal.Signals(number).name} after step 7", 75)
-signal.signal(signal.SIGTERM, stop)
+for each in SIGNALS:
+    signal.signal(each, stop)
 """
-DEAF = "signal.signal(signal.SIGTERM, lambda *_: (directory / f'asked-{rank}').touch())\n"
+DEAF = "[signal.signal(each, lambda *_: (directory / f'asked-{rank}').touch()) for each in SIGNALS]\n"
 
 
 def wait_for(*files: Path) -> None:
@@ -201,7 +202,7 @@ def ended(launcher: subprocess.Popen[bytes]) -> tuple[int, str]:
 def test_a_request_to_stop_is_passed_on_and_waited_for(tmp_path: Path, number: signal.Signals) -> None:
     launcher, workers = started_launcher(tmp_path, COMMITTING)
     launcher.send_signal(number)
-    assert ended(launcher) == (75, "stopped by SIGTERM after step 7")
+    assert ended(launcher) == (75, f"stopped by {number.name} after step 7")
     assert all((tmp_path / f"committed-{rank}").exists() for rank in range(2))
     assert gone_soon(workers)
 
@@ -213,7 +214,8 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 def stop(number, frame):
     time.sleep(0.3)
     fail("stopped" if child.poll() is None else "its child was stopped first", 75)
-signal.signal(signal.SIGTERM, stop)
+for each in SIGNALS:
+    signal.signal(each, stop)
 """
     launcher, workers = started_launcher(tmp_path, "import subprocess" + body)
     launcher.send_signal(signal.SIGINT)
@@ -280,7 +282,8 @@ def stop(number, frame):
     if rank == 0: fail("stopped", 75)
     time.sleep(0.3)
     fail("no space is left", 2)
-signal.signal(signal.SIGTERM, stop)
+for each in SIGNALS:
+    signal.signal(each, stop)
 """
     launcher, _ = started_launcher(tmp_path, body)
     launcher.send_signal(signal.SIGUSR1)

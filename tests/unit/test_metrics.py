@@ -151,6 +151,15 @@ def test_a_plain_console_says_the_first_and_last_step_and_not_all_between(tmp_pa
     assert lines[3:] == ["  2 + 2 = → 4 (expected 4)", "  2 + 3 = → (nothing) (expected 5)"]
 
 
+def test_a_run_that_goes_on_calls_nothing_the_answers_before_training(tmp_path: Path) -> None:
+    run, stream = facts(tmp_path)
+    (sink,) = make_sinks(["console"], run)
+    for step in (50, 100):
+        sink.answers(step, [Answer("2 + 2 =", "4", "4")])
+    sink.close()
+    assert stream.getvalue().splitlines() == ["  2 + 2 = → 4 (expected 4)"] * 2
+
+
 def test_the_last_evaluation_says_what_was_answered_before_training_and_after(tmp_path: Path) -> None:
     run, stream = facts(tmp_path)
     (sink,) = make_sinks(["console"], run)

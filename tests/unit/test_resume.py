@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.small_checkpoints import write_checkpoint
+from tests.small_checkpoints import write_checkpoint, write_companions
 from understudy.checkpoint.store import CheckpointStore
-from understudy.errors import UserError
+from understudy.errors import RecipeError, UserError
 from understudy.launch.run_directory import RunDirectory, claim_run_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
@@ -169,7 +169,7 @@ def test_the_same_command_goes_on_with_what_it_began(store: CheckpointStore, tmp
 def test_a_checkpoint_of_another_course_is_refused_where_newer_ones_are(store: CheckpointStore, tmp_path: Path) -> None:
     older = saved(store, 10)
     saved(store, 20)
-    with pytest.raises(UserError, match=r"holds step-00000020, of another course.*choose a new output_dir"):
+    with pytest.raises(UserError, match=r"also holds step-00000020, .*choose a new output_dir"):
         chosen(store, recipe(str(older)))
 
 
@@ -195,11 +195,79 @@ def test_a_run_shorter_than_its_checkpoint_is_refused(store: CheckpointStore) ->
 
 
 def test_what_is_no_checkpoint_is_said_to_be_none(store: CheckpointStore, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="there is no such directory"):
+    with pytest.raises(UserError, match="there is no directory"):
         chosen(store, recipe(str(tmp_path / "nothing")))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="COMMITTED: is missing"):
+    with pytest.raises(UserError, match=r"is neither a model .* nor a run, a checkpoint"):
         chosen(store, recipe(str(tmp_path / "empty")))
+    (tmp_path / "plain").mkdir()
+    write_companions(tmp_path / "plain")
+    with pytest.raises(UserError, match="has no checkpoint in it, only a model"):
+        chosen(store, recipe(str(tmp_path / "plain")))
+
+
+def test_the_model_of_a_checkpoint_stands_for_it(store: CheckpointStore) -> None:
+    path = saved(store, 10)
+    found, _ = chosen(store, recipe(str(path / "model")))
+    assert found is not None
+    assert found.checkpoint == path
+
+
+@pytest.mark.parametrize("named", ["checkpoint", "run"])
+def test_a_named_checkpoint_may_be_asked_for_again_until_the_run_has_come_further(
+    store: CheckpointStore, named: str
+) -> None:
+    path = saved(store, 10)
+    other = recipe(str(path if named == "checkpoint" else store.directory.parent), optimizer={"learning_rate": 1e-3})
+    found, said = chosen(store, other, begun_from=other.checkpoint.resume)
+    assert found is not None
+    assert "optimizer.learning_rate was 2e-05 and is 0.001" in said[0]
+    newer = saved(store, 20, by=other)
+    found, said = chosen(store, other, begun_from=other.checkpoint.resume)
+    assert found is not None
+    assert (found.checkpoint, said) == (newer, [])
+
+
+def test_the_advice_stands_once_beside_all_changes(store: CheckpointStore) -> None:
+    saved(store, 10)
+    with pytest.raises(RecipeError) as caught:
+        chosen(store, recipe(optimizer={"learning_rate": 1e-3}, training={"precision": "bf16", "seed": 1}))
+    assert len(str(caught.value).splitlines()) == 4
+    assert str(caught.value).count("--overwrite") == 1
+
+
+def test_a_key_that_another_release_knows_is_no_change(store: CheckpointStore) -> None:
+    known = determinants(recipe())
+    del known["training.seed"]
+    write_checkpoint(store, 10, recipe={**known, "training.once": 1}, data_digest="data")
+    assert chosen(store, recipe())[0] is not None
+
+
+def test_what_a_user_keeps_among_checkpoints_is_no_run_of_ours(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with claim_run_directory(tmp_path, SOURCES, overwrite=False) as claim:
+        claim.begin("checkpoint: {resume: auto}")
+        (directory.checkpoints / "step-00000010").mkdir(parents=True)
+        (directory.checkpoints / "notes.txt").write_text("mine")
+        (directory.checkpoints / "kept-10").mkdir()
+    with claim_run_directory(tmp_path, SOURCES, overwrite=True) as claim:
+        claim.begin("checkpoint: {resume: auto}")
+    assert sorted(path.name for path in directory.checkpoints.iterdir()) == ["kept-10", "notes.txt"]
+
+
+def test_going_on_that_is_refused_leaves_recipe_and_rows_as_they_were(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path)
+    with claim_run_directory(tmp_path, SOURCES, overwrite=False) as claim:
+        claim.begin("checkpoint: {resume: auto}")
+        directory.job.write_text("{}")
+        directory.metrics.write_text('{"step": 1}\n{"step": 2}\n')
+    with claim_run_directory(tmp_path, SOURCES, overwrite=False, resume="auto") as claim:
+        claim.go_on("checkpoint: {resume: other}", 1)
+        directory.job.write_text("[]")
+        claim.withdraw()
+    assert directory.recorded_resume == "auto"
+    assert directory.job.read_text() == "{}"
+    assert len(directory.metrics.read_text().splitlines()) == 2
 
 
 def test_a_run_holds_no_more_checkpoints_than_it_writes_or_keeps() -> None:

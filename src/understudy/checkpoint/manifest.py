@@ -24,6 +24,7 @@ __all__ = [
     "describe_file",
     "read_manifest",
     "verify_files",
+    "verify_sizes",
     "write_manifest",
     "write_marker",
 ]
@@ -106,6 +107,13 @@ def verify_files(directory: Path) -> None:
                 raise problem
 
 
+def verify_sizes(directory: Path) -> None:
+    """As `verify_files`, at a glance: reads the manifest, and of the files it lists their sizes only."""
+    for name, entry in read_manifest(directory).items():
+        if (problem := _problem_of_size(directory / name, entry)) is not None:
+            raise problem
+
+
 def _read(path: Path, if_missing: str) -> bytes:
     try:
         return path.read_bytes()
@@ -116,11 +124,20 @@ def _read(path: Path, if_missing: str) -> bytes:
 
 
 def _problem(path: Path, expected: FileEntry) -> DamagedCheckpointError | None:
+    if (problem := _problem_of_size(path, expected)) is not None:
+        return problem
+    try:
+        if describe_file(path) != expected:
+            return _damaged(path, "is not what was written: its SHA-256 differs")
+    except OSError as error:
+        return _damaged(path, f"cannot be read ({error.strerror})")
+    return None
+
+
+def _problem_of_size(path: Path, expected: FileEntry) -> DamagedCheckpointError | None:
     try:
         if (size := path.stat().st_size) != expected.num_bytes:
             return _damaged(path, f"has {size:,} bytes instead of {expected.num_bytes:,}")
-        if describe_file(path) != expected:
-            return _damaged(path, "is not what was written: its SHA-256 differs")
     except FileNotFoundError:
         return _damaged(path, "is missing")
     except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from understudy.checkpoint.manifest import MANIFEST, MARKER
+from understudy.checkpoint.manifest import MANIFEST, MARKER, verify_sizes
 from understudy.checkpoint.store import CheckpointStore, is_checkpoint_name
 from understudy.errors import UserError
 from understudy.launch.run_directory import RunDirectory
@@ -68,12 +68,14 @@ def find_model(path: Path, report: Callable[[str], None]) -> ModelPlace:
     """The model directory that `path` stands for, whatever `examine` says it is: of a run its final model or, while
     there is none, the newest checkpoint's; `report` is told when a checkpoint was chosen among others.
 
-    Nothing is verified. Raises `UserError` as `examine` does.
+    A checkpoint is looked at, not read: every file it lists must be there and have its size. Raises `UserError` as
+    `examine` does, and `DamagedCheckpointError`.
     """
     place = examine(path)
     if place.model is not None:
         return ModelPlace(place.model, None)
     newest = place.checkpoints[0]
+    verify_sizes(newest)
     if newest != path and newest.resolve() not in (path.resolve(), path.resolve().parent):
         report(f"the newest checkpoint of {path} is taken: {newest.name}")
     return ModelPlace(newest / MODEL, newest)

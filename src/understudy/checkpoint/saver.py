@@ -52,7 +52,7 @@ class CheckpointSaver:
         self._world_size = world_size
         self._thread: Thread | None = None
         self._failure: Exception | None = None
-        self._committed: Path | None = None
+        self._committed: list[Path] = []
 
     def save(self, progress: Progress) -> None:
         """Begins the checkpoint of `progress`, after the one before is committed. Raises what that failed with."""
@@ -85,12 +85,12 @@ class CheckpointSaver:
         )
         self._thread.start()
 
-    def check(self) -> Path | None:
-        """Raises what the writer failed with, if it did. Returns a checkpoint that was committed since the last call;
-        on rank 0 only, which commits."""
+    def check(self) -> list[Path]:
+        """Raises what the writer failed with, if it did. Returns the checkpoints committed since the last call; on rank
+        0 only, which commits."""
         if self._failure is not None:
             raise self._failure
-        committed, self._committed = self._committed, None
+        committed, self._committed = self._committed, []
         return committed
 
     def wait(self) -> None:
@@ -122,7 +122,7 @@ class CheckpointSaver:
         settings = self._settings
         write_part(plan, partial, self._rank, weights, optimizer_state, settings.buffers)
         if self._rank == 0:
-            self._committed = commit_checkpoint(
+            committed = commit_checkpoint(
                 plan,
                 settings.store,
                 partial,
@@ -132,6 +132,7 @@ class CheckpointSaver:
                 settings.write_companions,
                 settings.still_ours,
             )
+            self._committed.append(committed)
             settings.store.retain(settings.keep, best=settings.keep_best)
 
 

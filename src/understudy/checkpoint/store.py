@@ -150,6 +150,8 @@ def _eval_loss(path: Path) -> float | None:
 
 def _remove(path: Path) -> None:
     """Without its marker first, so that what is left of a removal that is cut short is no checkpoint."""
-    (path / MARKER).unlink(missing_ok=True)
-    if path.exists():
+    if path.is_dir():
+        (path / MARKER).unlink(missing_ok=True)
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

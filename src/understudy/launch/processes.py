@@ -38,7 +38,7 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
     stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
-    SIGINT, SIGTERM and SIGUSR1 are passed on as SIGTERM, once; after that it takes as long as the processes take, or
+    SIGINT, SIGTERM and SIGUSR1 are passed on, once; after that it takes as long as the processes take, or
     until the second signal, which kills them.
 
     Raises what `first_failure` finds; `StoppedError` when the processes stopped on request, whoever asked, or a request
@@ -97,7 +97,7 @@ def _watch(started: Sequence[subprocess.Popen[bytes]], requests: StopRequests, d
         if requests.received and not asked:
             asked = True
             for process in started:
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(requests.received[0])
         for rank, process in enumerate(started):
             if rank not in seen and (status := process.poll()) is not None:
                 seen[rank] = Exit(rank, status, time.time())
@@ -132,7 +132,7 @@ def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory
     causes = {rank: cause for rank in range(size) if (cause := read_cause(directory.cause(rank)))}
     stops = {rank: cause for rank, cause in causes.items() if cause.exit_status == STOPPED}
     # A process that our signal ended was not yet, or no longer, ready to stop; its peers may have seen it vanish.
-    unready = [e.rank for e in exits if requests.received and e.status == -signal.SIGTERM and e.rank not in causes]
+    unready = [e.rank for e in exits if -e.status in requests.received[:1] and e.rank not in causes]
     failed = [end for end in exits if end.status not in (0, STOPPED) and end.rank not in unready]
     if failed and not (unready and all(end.rank in causes and causes[end.rank].peer_failed for end in failed)):
         return _failure(failed, {rank: cause for rank, cause in causes.items() if rank not in stops}, size, directory)
@@ -149,8 +149,12 @@ def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory
 def _failure(
     failed: Sequence[Exit], causes: Mapping[int, Cause], size: int, directory: RunDirectory
 ) -> UnderstudyError:
-    if not causes and shutil.disk_usage(directory.path).free < CAUSE_BYTES:
-        message = f"{directory.path}: no space is left on the disk; free some, or choose another output_dir."
+    if not causes and (free_bytes := shutil.disk_usage(directory.path).free) < CAUSE_BYTES:
+        kept = " Checkpoints committed before are intact." if _has_checkpoint(directory) else ""
+        message = (
+            f"{directory.path}: no space is left on the disk ({free_bytes:,} bytes are free, and a process that fails "
+            f"needs {CAUSE_BYTES:,} to say why); free some, or choose another output_dir.{kept}"
+        )
         return FailedRunError(message, 2, refused=not _has_trained(directory))
     return first_failure(failed, causes, {rank: directory.log(rank) for rank in range(size)})
 

@@ -6,6 +6,7 @@ A directory is a run directory when it holds the marker file, by which one run a
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -26,13 +27,16 @@ OWNED = (
     "metrics.jsonl",
     "logs",
     "tensorboard",
-    "checkpoints",
     "model",
     "model.previous",
     "model.unproven",
     "model.unproven.partial",
 )
-"""Every name a run writes, apart from the marker; `--overwrite` removes these and nothing else."""
+"""Every name a run writes, apart from the marker and checkpoints; `--overwrite` removes these and nothing else."""
+
+CHECKPOINTS = "checkpoints"
+_CHECKPOINT = re.compile(r"step-\d{8,}(\..*)?")
+"""A checkpoint, or what is left of one."""
 
 REPLACED = ".understudy-replaced"
 """Where an earlier run waits, until the one that replaces it has proved able to train."""
@@ -64,7 +68,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     @property
     def model(self) -> Path:
@@ -118,6 +122,8 @@ class Claim:
         """Of our ownership, for `run_lock.still_owned` in any process."""
         self.begun = False
         self._sources = sources
+        self._before: dict[Path, bytes | None] = {}
+        """Files of a run that is gone on with, as they were."""
 
     def begin(self, resolved_recipe: str) -> RunDirectory:
         """Puts aside what an earlier run left, when overwriting it was allowed, and writes `recipe.yaml`.
@@ -128,7 +134,7 @@ class Claim:
         self._require_ours()
         replaced = path / REPLACED
         _remove(replaced)
-        if any((path / name).exists() for name in OWNED):
+        if _written(path):
             replaced.mkdir()
             _move(path, replaced)
         self.begun = True
@@ -146,10 +152,12 @@ class Claim:
         if directory.model.exists():
             _remove(directory.previous_model)
             directory.model.rename(directory.previous_model)
+        for file in (directory.recipe, directory.job, directory.metrics):
+            self._before[file] = file.read_bytes() if file.exists() else None
         _keep_rows(directory.metrics, step)
         directory.logs.mkdir(exist_ok=True)
         self.begun = True
-        _replace(directory.recipe, resolved_recipe)
+        _replace(directory.recipe, resolved_recipe.encode())
         return directory
 
     def withdraw(self) -> None:
@@ -160,9 +168,14 @@ class Claim:
         if self.may_go_on:
             if self.directory.previous_model.exists() and not self.directory.model.exists():
                 self.directory.previous_model.rename(self.directory.model)
+            for file, content in self._before.items():
+                if content is None:
+                    file.unlink(missing_ok=True)
+                else:
+                    _replace(file, content)
             return
-        for name in OWNED:
-            _remove(self.directory.path / name)
+        for entry in _written(self.directory.path):
+            _remove(entry)
         replaced = self.directory.path / REPLACED
         if replaced.exists():
             _move(replaced, self.directory.path)
@@ -266,7 +279,7 @@ def _refuse_foreign(path: Path, sources: SourceMap) -> None:
 
 
 def _holds_run(directory: RunDirectory) -> bool:
-    return any((directory.path / name).exists() for name in (*OWNED, REPLACED))
+    return bool(_written(directory.path)) or (directory.path / REPLACED).exists()
 
 
 def _refuse_to_go_on(directory: RunDirectory, resume: str, sources: SourceMap) -> None:
@@ -294,21 +307,32 @@ def _keep_rows(metrics: Path, step: int) -> None:
         with suppress(ValueError):
             if step > 0 and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    _replace(metrics, "".join(kept))
+    _replace(metrics, "".join(kept).encode())
 
 
-def _replace(path: Path, content: str) -> None:
+def _replace(path: Path, content: bytes) -> None:
     """Writes `path` whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(content, encoding="utf-8")
+    partial.write_bytes(content)
     partial.replace(path)
 
 
 def _move(source: Path, target: Path) -> None:
-    """Moves every name that a run writes, within one file system."""
-    for name in OWNED:
-        if (source / name).exists():
-            (source / name).rename(target / name)
+    """Moves everything that a run writes, within one file system."""
+    for entry in _written(source):
+        moved = target / entry.relative_to(source)
+        moved.parent.mkdir(exist_ok=True)
+        entry.rename(moved)
+    with suppress(OSError):  # it is not there, or holds what no run wrote
+        (source / CHECKPOINTS).rmdir()
+
+
+def _written(path: Path) -> list[Path]:
+    """What a run has written into the directory `path`. Among its checkpoints a user may keep things too."""
+    found = [path / name for name in OWNED if (path / name).exists()]
+    if (path / CHECKPOINTS).is_dir():
+        found += [entry for entry in sorted((path / CHECKPOINTS).iterdir()) if _CHECKPOINT.fullmatch(entry.name)]
+    return found
 
 
 def _remove(path: Path) -> None:

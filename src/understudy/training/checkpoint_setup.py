@@ -78,6 +78,7 @@ def make_checkpoint_hook(
     return CheckpointHook(
         saver,
         every=interval_steps(settings.every, total_steps),
+        total_steps=total_steps,
         progress=_progress_of(job, strategy, world, data_digest),
         stop=stop,
         evaluation=evaluation,

@@ -35,6 +35,7 @@ class CheckpointHook(Hook):
         saver: CheckpointSaver,
         *,
         every: int | None,
+        total_steps: int,
         progress: Callable[[TrainingState, float | None], Progress],
         stop: StopRequest,
         evaluation: EvaluationHook | None,
@@ -46,6 +47,7 @@ class CheckpointHook(Hook):
         tells where the checkpoint of a step is."""
         self._saver = saver
         self._every = every
+        self._total_steps = total_steps
         self._progress = progress
         self._stop = stop
         self._evaluation = evaluation
@@ -71,7 +73,8 @@ class CheckpointHook(Hook):
                 f"stopped by {signal.name} after step {state.step}; its checkpoint is {self._location(state.step)}. "
                 "Run the same command again to go on."
             )
-        if self._every is not None and state.step % self._every == 0:
+        # The last step's waits for the evaluation at the end, whose loss it records.
+        if self._every is not None and state.step % self._every == 0 and state.step != self._total_steps:
             self._evaluate_and_save(state)
 
     def end(self, state: TrainingState) -> None:
@@ -91,6 +94,5 @@ class CheckpointHook(Hook):
         self._saved_step = state.step
 
     def _report(self) -> None:
-        committed = self._saver.check()
-        if committed is not None:
+        for committed in self._saver.check():
             self._say(f"checkpoint: {committed}")

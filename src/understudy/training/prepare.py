@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from understudy.checkpoint.export import stored_spec
+from understudy.checkpoint.loading import MODEL
 from understudy.checkpoint.safetensors_writer import spec_bytes
 from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache
 from understudy.data.prepare import prepare_data
 from understudy.devices.device import find_device
+from understudy.errors import UserError
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.initialization import materialize_random
 from understudy.models.language_model import LanguageModel
@@ -30,7 +32,7 @@ from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
 
-__all__ = ["Prepared", "materialized_model", "prepare_job"]
+__all__ = ["Prepared", "materialized_model", "prepare_job", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,15 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         evaluation_examples=0 if evaluation is None else len(evaluation),
         steps=steps.total_steps,
     )
+
+
+def require_fit(recipe: Recipe, sources: SourceMap, checkpoint: Path, model_directory: Path) -> None:
+    """Raises `UserError` when the weights in `checkpoint` are not those of the recipe's model."""
+    model = make_language_model(model_directory, recipe.model, find_device())
+    try:
+        open_weights(checkpoint / MODEL, model)
+    except UserError as error:
+        raise sources.error("checkpoint.resume", f"{checkpoint} is of another model: {error.message}") from error
 
 
 def _read_companions(

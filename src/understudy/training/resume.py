@@ -10,13 +10,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from understudy.checkpoint.manifest import DamagedCheckpointError
+from understudy.checkpoint.places import examine
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
 from understudy.errors import RecipeError
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
-__all__ = ["Resumption", "choose_checkpoint", "determinants", "digest_of"]
+__all__ = ["Resumption", "choose_checkpoint", "determinants", "digest_of", "require_place"]
 
 DETERMINING = ("model", "objective", "optimizer", "schedule", "training", "data.train")
 """What of a recipe determines the course of training; strategy, processes, logging and the like do not."""
@@ -76,7 +77,9 @@ def choose_checkpoint(
     resume = recipe.checkpoint.resume
     if resume == "never" or (resume == "auto" and not going_on):
         return None
-    if resume == "auto" or (going_on and resume == begun_from and store.committed()):
+    # By the same command as before, the run goes on from where that has come, once it has come further.
+    moved_on = going_on and resume == begun_from and store.committed() and not _is_newest_of(Path(resume), store)
+    if resume == "auto" or moved_on:
         found = _newest(store, sources, say)
         if found is not None:
             _refuse_another_recipe(recipe, sources, found, data_digest)
@@ -113,20 +116,41 @@ def _newest(store: CheckpointStore, sources: SourceMap, say: Callable[[str], Non
     return None if found is None else Resumption(*found)
 
 
+def require_place(recipe: Recipe, sources: SourceMap) -> None:
+    """Refuses at once a `checkpoint.resume` that names nothing to go on from."""
+    if recipe.checkpoint.resume not in ("auto", "never"):
+        _candidates(Path(recipe.checkpoint.resume), sources)
+
+
 def _named(path: Path, sources: SourceMap, say: Callable[[str], None]) -> Resumption:
-    """`path` is a checkpoint, or a run or its `checkpoints`, of which the newest is taken."""
-    for directory in (path / "checkpoints", path):
-        store = CheckpointStore(directory)
-        if store.committed():
-            found = _newest(store, sources, say)
-            assert found is not None
-            return found
-    if not path.is_dir():
-        raise sources.error("checkpoint.resume", f"{path} is not a checkpoint: there is no such directory.")
-    try:
-        return Resumption(path, verify_checkpoint(path))
-    except DamagedCheckpointError as error:
-        raise sources.error("checkpoint.resume", f"{path} cannot be used: {error}") from error
+    """`path` is a checkpoint, or a run or its `checkpoints`, of which the newest that verifies is taken."""
+    problem: DamagedCheckpointError | None = None
+    for checkpoint in _candidates(path, sources):
+        try:
+            return Resumption(checkpoint, verify_checkpoint(checkpoint))
+        except DamagedCheckpointError as error:
+            problem = error
+            say(f"skipped checkpoint {checkpoint.name}: {error}")
+    raise sources.error("checkpoint.resume", f"{path} cannot be used: {problem}") from problem
+
+
+def _candidates(path: Path, sources: SourceMap) -> tuple[Path, ...]:
+    """Newest first."""
+    with sources.placing("checkpoint.resume"):
+        found = examine(path).checkpoints
+    if not found:
+        raise sources.error(
+            "checkpoint.resume",
+            f"{path} has no checkpoint in it, only a model; name a checkpoint or a run, or begin a new run from these "
+            "weights with model.path.",
+        )
+    return found
+
+
+def _is_newest_of(path: Path, store: CheckpointStore) -> bool:
+    """Whether `path` names the newest checkpoint of `store`, by itself or as that of its run."""
+    places = (store.committed()[0], store.directory, store.directory.parent)
+    return path.resolve() in [place.resolve() for place in places]
 
 
 def _refuse_another_course(found: Resumption, store: CheckpointStore, sources: SourceMap) -> None:
@@ -135,8 +159,8 @@ def _refuse_another_course(found: Resumption, store: CheckpointStore, sources: S
     if committed and committed[0].resolve() != found.checkpoint.resolve():
         raise sources.error(
             "checkpoint.resume",
-            f"{store.directory} holds {committed[0].name}, of another course than one that goes on from "
-            f"{found.checkpoint}; choose a new output_dir for it.",
+            f"{store.directory} also holds {committed[0].name}, and two courses do not fit in one run; choose a new "
+            f"output_dir to go on from {found.checkpoint}.",
         )
 
 
@@ -144,19 +168,25 @@ def _refuse_another_recipe(recipe: Recipe, sources: SourceMap, found: Resumption
     changes = _changes(recipe, found.progress, data_digest)
     if changes:
         advice = (
-            f"; {found.checkpoint} would not go on as it began. Set it back, begin again with --overwrite, or go on "
-            f"all the same with checkpoint.resume={found.checkpoint}"
+            f"{found.checkpoint} would not go on as it began: set that back, begin again with --overwrite, or go on "
+            f"all the same with checkpoint.resume={found.checkpoint}."
         )
-        raise RecipeError([sources.violation(key, f"{change}{advice}.") for key, change in changes.items()])
+        raise RecipeError(
+            [
+                *(sources.violation(key, f"{change}.") for key, change in changes.items()),
+                sources.violation("checkpoint", advice),
+            ]
+        )
 
 
 def _changes(recipe: Recipe, progress: Progress, data_digest: str) -> dict[str, str]:
     """What differs from the recipe that wrote a checkpoint, in words, by key."""
     now = determinants(recipe)
     changes = {
-        key: f"{key} was {_shown(progress.recipe.get(key))} and is {_shown(now.get(key))}"
-        for key in sorted({*now, *progress.recipe})
-        if now.get(key) != progress.recipe.get(key)
+        key: f"{key} was {_shown(progress.recipe[key])} and is {_shown(now[key])}"
+        # A release that knows more keys, or fewer, says nothing about those.
+        for key in sorted(now.keys() & progress.recipe.keys())
+        if now[key] != progress.recipe[key]
     }
     if data_digest != progress.data_digest:
         changes["data.train"] = "the training data, its tokenizer or its template is not what it was"
@@ -188,8 +218,8 @@ def _determines(key: str) -> bool:
 
 
 def _flattened(values: Any, key: str = "") -> dict[str, Any]:
-    """Leaves by dotted key. An empty mapping has none."""
-    if isinstance(values, dict):
+    """Leaves by dotted key. A mapping whose keys are the user's own is a leaf."""
+    if isinstance(values, dict) and key != "model.config":
         items = [(str(name), value) for name, value in values.items()]
     elif isinstance(values, list) and values and isinstance(values[0], dict):
         items = [(str(index), value) for index, value in enumerate(values)]

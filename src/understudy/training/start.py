@@ -121,15 +121,16 @@ def _processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
 
 def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Prepared:
     """Prepares the job and finds the checkpoint to go on from; writes nothing to the run directory."""
+    directory = claim.directory
+    _refuse_to_replace_what_is_named(recipe, sources, claim)
     _require_inputs(recipe, sources)
 
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.checkpointing import most_checkpoints
-    from understudy.training.prepare import prepare_job
+    from understudy.training.prepare import prepare_job, require_fit
     from understudy.training.resume import choose_checkpoint
 
     prepared = prepare_job(recipe, sources, say)
-    directory = claim.directory
     found = choose_checkpoint(
         recipe,
         sources,
@@ -140,6 +141,8 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
         going_on=claim.may_go_on,
         say=say,
     )
+    if found is not None:
+        require_fit(recipe, sources, found.checkpoint, prepared.job.model_directory)
     # Where a run goes on, its checkpoints are on the disk, and leave it as others come.
     checkpoints = 1 if claim.may_go_on else most_checkpoints(recipe.checkpoint, prepared.steps)
     needed = prepared.model_bytes + checkpoints * prepared.checkpoint_bytes + SMALL_FILES_BYTES
@@ -169,11 +172,22 @@ def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Call
     say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
 
 
+def _refuse_to_replace_what_is_named(recipe: Recipe, sources: SourceMap, claim: Claim) -> None:
+    named, run = Path(recipe.checkpoint.resume).resolve(), claim.directory.path.resolve()
+    if not claim.may_go_on and named.is_relative_to(run) and named.exists():
+        raise sources.error(
+            "checkpoint.resume",
+            f"{recipe.checkpoint.resume} is in the run that --overwrite is to replace; leave out one of the two.",
+        )
+
+
 def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
     """Refuses at once what is not there: to import torch and build the model takes seconds."""
     from understudy.data.prepare import find_sources
     from understudy.models.source import model_directory, tokenizer_directory
+    from understudy.training.resume import require_place
 
+    require_place(recipe, sources)
     if recipe.model.path is not None:
         with sources.placing("model.path"):
             model_directory(recipe.model)

@@ -46,7 +46,8 @@ class ConsoleSink(Sink, ABC):
                 f"exact match on {len(answers)} evaluation prompts: {_exact_match(self._before):.1%} before training, "
                 f"{_exact_match(answers):.1%} after"
             )
-        self._before = self._before or answers
+        if step == 0:  # a run that goes on does not ask before training
+            self._before = answers
 
 
 class LiveConsoleSink(ConsoleSink):
