@@ -22,6 +22,7 @@ def test_every_optimizer_and_precision_goes_on_to_the_bit(tmp_path: Path) -> Non
     places += [Place(2, "zero2", optimizer) for optimizer in ("adamw_8bit", "lion", "sgd")]
     places += [Place(2, "zero3", "adamw_8bit"), Place(2, "zero0", "adamw", "bf16")]
     places += [Place(2, strategy, "adamw", "bf16") for strategy in ("fsdp", "zero1", "zero3-offload")]
+    places += [Place(2, strategy) for strategy in ("zero0", "fsdp-offload", "zero2-offload")]
     places += [Place(2, strategy, "adamw", "fp16") for strategy in ("ddp", "fsdp")]
     # Sizes at which ranks' parts of a parameter cut the blocks of 8-bit moments.
     matrix = Matrix(tmp_path, sizes={"hidden_size": 64, "intermediate_size": 100})
