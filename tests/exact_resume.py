@@ -26,7 +26,7 @@ from understudy.contracts import LossScale, Strategy
 from understudy.data.cache import TokenCache
 from understudy.devices.cpu import CPU
 from understudy.errors import StoppedError
-from understudy.launch.run_directory import claim_run_directory
+from understudy.launch.run_claim import claim_run_directory
 from understudy.models.build import make_language_model, open_weights
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer

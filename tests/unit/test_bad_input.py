@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tests.tiny_data import write_lines, write_tokenizer
 from understudy.cli.main import exit_status
 from understudy.launch.cause import FailedRunError
-from understudy.launch.run_directory import claim_run_directory
+from understudy.launch.run_claim import claim_run_directory
 from understudy.plan.machine import Machine
 from understudy.recipe.source_map import SourceMap
 from understudy.training import job, start

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from understudy.cli.main import exit_status
-from understudy.launch.run_directory import MARKER
+from understudy.launch.run_lock import MARKER
 from understudy.training.answering import Answered, Sampling, answer_all, answer_stream
 from understudy.training.inference import Conversation, LoadedModel, load_model
 from understudy.training.scoring import rouge_l

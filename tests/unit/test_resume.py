@@ -11,7 +11,8 @@ import pytest
 from tests.small_checkpoints import write_checkpoint, write_companions
 from understudy.checkpoint.store import CheckpointStore
 from understudy.errors import RecipeError, UserError
-from understudy.launch.run_directory import RunDirectory, claim_run_directory
+from understudy.launch.run_claim import claim_run_directory
+from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.training.checkpointing import most_checkpoints

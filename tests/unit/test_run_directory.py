@@ -14,7 +14,8 @@ import pytest
 
 from understudy.errors import UserError
 from understudy.launch import run_lock
-from understudy.launch.run_directory import REPLACED, Claim, claim_run_directory, require_space
+from understudy.launch.run_claim import Claim, claim_run_directory, require_space
+from understudy.launch.run_directory import REPLACED
 from understudy.launch.run_lock import MARKER, still_owned
 from understudy.recipe.source_map import SourceMap
 
@@ -114,7 +115,7 @@ def test_overwriting_that_fails_before_it_begins_keeps_the_earlier_run(tmp_path:
 
 def test_a_directory_in_use_is_refused_naming_the_process(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from understudy.launch.run_directory import claim_run_directory\n"
+        "import sys; from pathlib import Path; from understudy.launch.run_claim import claim_run_directory\n"
         "from understudy.recipe.source_map import SourceMap\n"
         "with claim_run_directory(Path(sys.argv[1]), SourceMap(), overwrite=False):\n"
         "    sys.stdout.write('held\\n'); sys.stdout.flush(); sys.stdin.read()\n"

@@ -16,7 +16,7 @@ import pytest
 from tests.tiny_data import write_lines, write_tokenizer
 from understudy.errors import StoppedError, UserError
 from understudy.launch import signals
-from understudy.launch.run_directory import claim_run_directory
+from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.signals import StopRequests, check_stop_requests, noted_signals
 from understudy.recipe.source_map import SourceMap
 

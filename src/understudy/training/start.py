@@ -17,7 +17,8 @@ from understudy.devices.detect import detect_machine
 from understudy.errors import StoppedError, UserError
 from understudy.launch.cause import Cause, FailedRunError
 from understudy.launch.local import launch_local
-from understudy.launch.run_directory import Claim, RunDirectory, claim_run_directory, require_space
+from understudy.launch.run_claim import Claim, claim_run_directory, require_space
+from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import noted_signals
 from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
