@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -98,8 +99,9 @@ class TorchStrategy(ModuleStrategy):
         self, tensors: Iterable[tuple[str, Tensor]], owner: Callable[[str], int]
     ) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            whole = _gathered(tensor, self.device)
+            whole = _joined(tensor, self.device, owner(name))
             if owner(name) == self.world.rank:
+                assert whole is not None, "the owner has it whole"
                 yield name, whole
 
 
@@ -117,13 +119,32 @@ def _sharded_as(value: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def _gathered(tensor: Tensor, device: torch.device) -> Tensor:
-    """The whole tensor; shards kept in host memory travel over the device."""
+def _joined(tensor: Tensor, device: torch.device, owner: int) -> Tensor | None:
+    """The whole tensor, on rank `owner`; a collective for DTensors. Others send their shard and may get None. Shards
+    kept in host memory travel over the device."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
     moved = tensor.detach().to(device)
     assert isinstance(moved, DTensor)
-    return moved.full_tensor()
+    if moved.device_mesh.ndim > 1 or not moved.placements[0].is_shard(0):
+        return moved.full_tensor()
+    rank, ranks, local = dist.get_rank(), dist.get_world_size(), moved.to_local()
+    if rank != owner:
+        if local.numel():
+            _wait([dist.P2POp(dist.isend, local.contiguous(), owner)])
+        return None
+    whole = torch.empty(moved.shape, dtype=moved.dtype, device=device)
+    # Rows are dealt as torch.chunk deals them: the last ranks may have fewer, or none.
+    shares = torch.split(whole, -(-len(whole) // ranks)) if len(whole) else ()
+    if local.numel():
+        shares[rank].copy_(local)
+    _wait([dist.P2POp(dist.irecv, share, peer) for peer, share in enumerate(shares) if peer != rank])
+    return whole
+
+
+def _wait(operations: list[dist.P2POp]) -> None:
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
 
 
 def _held(shape: tuple[int, ...], parameter: Tensor) -> tuple[slice, ...]:
