@@ -139,7 +139,8 @@ def test_every_violation_is_reported_at_once_with_its_line(tmp_path: Path) -> No
         ("training: {compile: yes}", "`training.compile` must be true or false, not 'yes'."),
         ("training: 3", "`training` must be a mapping of keys, not 3."),
         ("optimizer: {betas: [0.9]}", "`optimizer.betas.1` is missing and has no default; add it."),
-        ("optimizer: {betas: [0.9, 1.5]}", "`optimizer.betas.1` must be at most 1, not 1.5."),
+        ("optimizer: {betas: [0.9, 1.5]}", "`optimizer.betas.1` must be less than 1, not 1.5."),
+        ("optimizer: {betas: [1, 0.95]}", "`optimizer.betas.0` must be less than 1, not 1."),
         ("optimizer: {eps: .inf}", "`optimizer.eps` must be a finite number, not inf."),
         (
             "optimizer: adm",

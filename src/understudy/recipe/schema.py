@@ -33,6 +33,7 @@ __all__ = [
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # Past these bounds a number is a slip of the hand, and would overflow or exhaust the machine far from where it stands.
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Processes = Annotated[int, Field(gt=0, le=1024)]
@@ -111,7 +112,7 @@ class Optimizer(Section):
     """Peak learning rate."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """Decoupled weight decay; norms and biases get none."""
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = (0.9, 0.95)
     """Decay of the first and second moment (Adam, Lion); the first is the momentum of Muon."""
     eps: Annotated[float, Field(gt=0.0)] = 1.0e-8
     """Added to the denominator (Adam, Muon's AdamW part)."""

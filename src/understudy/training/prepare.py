@@ -69,6 +69,8 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         model = make_language_model(directory, recipe.model, find_device())
         open_weights(directory, model)
     config = model.config.get_text_config()
+    with sources.placing("optimizer"):
+        checkpoint_bytes = _checkpoint_bytes(model, recipe)
     with sources.placing("strategy"):
         prepare_strategy(recipe, report)
     data = prepare_data(
@@ -89,7 +91,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         model_bytes=_model_bytes(model, precision_of(recipe.training.precision).compute),
-        checkpoint_bytes=_checkpoint_bytes(model, recipe),
+        checkpoint_bytes=checkpoint_bytes,
         data_digest=train.digest,
         examples=steps.examples_per_epoch,
         evaluation_examples=0 if evaluation is None else len(evaluation),
