@@ -20,7 +20,7 @@ from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.signals import StopRequests, check_stop_requests, noted_signals
 from understudy.recipe.source_map import SourceMap
 
-pytestmark = pytest.mark.unit
+pytestmark = pytest.mark.distributed
 
 EACH = pytest.mark.parametrize("number", signals.SIGNALS)
 
