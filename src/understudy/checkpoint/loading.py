@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from understudy.checkpoint.places import MODEL
 from understudy.contracts import LazyTensor
 from understudy.models.weights import WeightReader
 
-__all__ = ["MODEL", "open_optimizer_state"]
+__all__ = ["open_optimizer_state"]
 
 OPTIMIZER = "optimizer"
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from understudy.checkpoint.durable import sync_directory
 from understudy.checkpoint.manifest import MARKER, DamagedCheckpointError, verify_files
 from understudy.checkpoint.progress import Progress, read_progress
 
-__all__ = ["CheckpointStore", "is_checkpoint_name", "step_of", "verify_checkpoint"]
+__all__ = ["CheckpointStore", "first_verified", "is_checkpoint_name", "step_of", "verify_checkpoint"]
 
 _COMMITTED = re.compile(r"step-(\d{8,})")
 _PARTIAL, _DAMAGED, _RETIRED = ".partial", ".damaged", ".retired"
@@ -42,17 +42,7 @@ class CheckpointStore:
     def newest(self, report: Callable[[str], None]) -> tuple[Path, Progress] | None:
         """The newest checkpoint that verifies, every byte read; `report` is told of each newer one that does not.
         None when there is no checkpoint at all. Raises `DamagedCheckpointError` when there are only bad ones."""
-        found = self.committed()
-        problem: DamagedCheckpointError | None = None
-        for path in found:
-            try:
-                return path, verify_checkpoint(path)
-            except DamagedCheckpointError as error:
-                problem = error
-                report(f"skipped checkpoint {path.name}: {error}")
-        if problem is not None:
-            raise problem
-        return None
+        return first_verified(self.committed(), report)
 
     def partial(self, step: int, token: str) -> Path:
         """Where the checkpoint of `step` is written. `token` tells attempts apart: a process of an earlier one that is
@@ -128,6 +118,21 @@ def step_of(checkpoint: Path) -> int:
     match = _COMMITTED.match(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
+
+
+def first_verified(checkpoints: Iterable[Path], report: Callable[[str], None]) -> tuple[Path, Progress] | None:
+    """The first of `checkpoints` that verifies, every byte read; `report` is told of each before it that does not.
+    None when there are none. Raises `DamagedCheckpointError` when all are bad."""
+    problem: DamagedCheckpointError | None = None
+    for path in checkpoints:
+        try:
+            return path, verify_checkpoint(path)
+        except DamagedCheckpointError as error:
+            problem = error
+            report(f"skipped checkpoint {path.name}: {error}")
+    if problem is not None:
+        raise problem
+    return None
 
 
 def verify_checkpoint(path: Path) -> Progress:

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import Tensor
 
 from understudy import __version__
-from understudy.checkpoint.loading import MODEL, open_optimizer_state
+from understudy.checkpoint.loading import open_optimizer_state
+from understudy.checkpoint.places import MODEL
 from understudy.checkpoint.progress import Progress, read_progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
 from understudy.checkpoint.store import CheckpointStore

@@ -35,9 +35,6 @@ from understudy.training.prepare import materialized_model
 
 __all__ = ["import_deepspeed_checkpoint"]
 
-SMALL_FILES_BYTES = 64 * 2**20
-"""Room beside the tensors: configuration, tokenizer, lists."""
-
 
 def import_deepspeed_checkpoint(
     directory: Path, recipe: Recipe, sources: SourceMap, out: Path, report: Callable[[str], None]
@@ -96,9 +93,8 @@ def _write(
     plan = _plan(opened, theirs)
     at = store.partial(opened.step, "import")
     store.begin(at)
-    needed = plan.num_bytes + SMALL_FILES_BYTES
-    if disk_usage(store.directory).free < needed:
-        raise full_disk(store.directory, needed)
+    if disk_usage(store.directory).free < plan.needed_bytes:
+        raise full_disk(store.directory, plan.needed_bytes)
     weights = ((name, opened.weight(their)) for name, their in theirs.items())
     write_part(plan, at, 0, weights, _moments(opened, theirs), {})
     progress = Progress(

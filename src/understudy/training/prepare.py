@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from understudy.checkpoint.export import stored_spec
-from understudy.checkpoint.loading import MODEL
+from understudy.checkpoint.places import MODEL
 from understudy.checkpoint.safetensors_writer import spec_bytes
 from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache

@@ -12,7 +12,7 @@ from typing import Any
 from understudy.checkpoint.manifest import DamagedCheckpointError
 from understudy.checkpoint.places import examine
 from understudy.checkpoint.progress import Progress
-from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
+from understudy.checkpoint.store import CheckpointStore, first_verified
 from understudy.errors import RecipeError
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
@@ -124,14 +124,12 @@ def require_place(recipe: Recipe, sources: SourceMap) -> None:
 
 def _named(path: Path, sources: SourceMap, say: Callable[[str], None]) -> Resumption:
     """`path` is a checkpoint, or a run or its `checkpoints`, of which the newest that verifies is taken."""
-    problem: DamagedCheckpointError | None = None
-    for checkpoint in _candidates(path, sources):
-        try:
-            return Resumption(checkpoint, verify_checkpoint(checkpoint))
-        except DamagedCheckpointError as error:
-            problem = error
-            say(f"skipped checkpoint {checkpoint.name}: {error}")
-    raise sources.error("checkpoint.resume", f"{path} cannot be used: {problem}") from problem
+    try:
+        found = first_verified(_candidates(path, sources), say)
+    except DamagedCheckpointError as error:
+        raise sources.error("checkpoint.resume", f"{path} cannot be used: {error}") from error
+    assert found is not None, "there is at least one candidate"
+    return Resumption(*found)
 
 
 def _candidates(path: Path, sources: SourceMap) -> tuple[Path, ...]:
