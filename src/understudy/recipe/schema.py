@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from understudy.recipe.adapters import Adapter
 from understudy.recipe.presets import expand_kind, expand_strategy
+from understudy.recipe.section import Count, Decay, Fraction, OpenFraction, Processes, Section
 
 __all__ = [
     "DDP",
@@ -25,26 +27,12 @@ __all__ = [
     "Model",
     "Optimizer",
     "Parallel",
+    "Quantization",
     "Recipe",
     "Schedule",
     "Strategy",
     "Training",
 ]
-
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-OpenFraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-# Past these bounds a number is a slip of the hand, and would overflow or exhaust the machine far from where it stands.
-Count = Annotated[int, Field(gt=0, lt=2**31)]
-Processes = Annotated[int, Field(gt=0, le=1024)]
-
-
-class Section(BaseModel):
-    """A mapping in a recipe: immutable, unknown keys refused, numbers never made from strings."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class Model(Section):
@@ -62,6 +50,8 @@ class Model(Section):
     """Attention kernel; every one keeps documents apart."""
     trust_remote_code: bool = False
     """Run code that ships with the model. Honoured from the command line only."""
+    new_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
+    """Special tokens to add to the tokenizer; embeddings grow with it."""
 
 
 class DataSource(Section):
@@ -103,6 +93,27 @@ class Data(Section):
 class CausalLM(Section):
     kind: Literal["causal_lm"] = "causal_lm"
     """Next-token cross-entropy."""
+
+
+class Quantization(Section):
+    """How the frozen weights of the decoder layers are stored (bitsandbytes); embeddings and head keep their dtype."""
+
+    bits: Literal[4, 8] = 4
+    """8 stores whole numbers with one scale a row."""
+    type: Literal["nf4", "fp4"] | None = None
+    """Of 4 bits: NormalFloat (Dettmers et al., 2023), which is the default, or floating point."""
+    double: bool | None = None
+    """Of 4 bits: store the scales in 8 bits too, which is the default."""
+
+    @property
+    def data_type(self) -> str:
+        """`nf4`, `fp4` or `int8`."""
+        return "int8" if self.bits == 8 else self.type or "nf4"
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales are quantized too."""
+        return self.bits == 4 and self.double is not False
 
 
 class Optimizer(Section):
@@ -242,6 +253,10 @@ class Recipe(Section):
     model: Model
     data: Data
     objective: Annotated[CausalLM, BeforeValidator(expand_kind)] = CausalLM()
+    adapter: Annotated[Adapter | None, BeforeValidator(expand_kind)] = None
+    """What to train instead of the whole model."""
+    quantization: Quantization | None = None
+    """Store the frozen weights of an adapted model in fewer bits."""
     optimizer: Annotated[Optimizer, BeforeValidator(expand_kind)] = Optimizer()
     schedule: Annotated[Schedule, BeforeValidator(expand_kind)] = Schedule()
     training: Training = Training()
