@@ -1,0 +1,28 @@
+"""The optional package bitsandbytes, or a sentence that says how to get it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from understudy.errors import UserError
+
+__all__ = ["bitsandbytes_functional", "bitsandbytes_version"]
+
+
+def bitsandbytes_functional() -> Any:
+    """The module `bitsandbytes.functional`. Raises `UserError` where the package is not installed."""
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError as error:
+        raise UserError(
+            "quantized weights need the package bitsandbytes; install it with `pip install "
+            "'understudy[quantization]'`, or take a model that is not quantized.",
+            key="quantization",
+        ) from error
+
+
+def bitsandbytes_version() -> str:
+    """Raises `UserError` as `bitsandbytes_functional` does."""
+    bitsandbytes_functional()
+    return str(importlib.import_module("bitsandbytes").__version__)
