@@ -418,10 +418,119 @@ def test_the_scheme_is_what_the_config_says(section: dict[str, Any], name: str) 
     assert scheme_of({}) is None
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "quanto"])
-def test_other_methods_are_refused_by_name(method: str) -> None:
-    with pytest.raises(UserError, match=f"quantized with {method}, which .* name the model that it was made from"):
-        scheme_of({"quantization_config": {"quant_method": method}})
+@pytest.mark.parametrize(
+    ("section", "named"),
+    [
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "int4, a 4-bit type"),
+        ({"quant_method": "gptq", "bits": 3}, "GPTQ in 3 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "GPTQ in the file format marlin"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:mlp": {"bits": 8}}}, "GPTQ with settings that differ"),
+        ({"quant_method": "awq", "version": "gemv"}, "AWQ in 4 bits in the file format gemv"),
+        ({"quant_method": "awq", "zero_point": False}, "AWQ without zero points"),
+        ({"quant_method": "hqq", "quant_config": {"self_attn.q_proj": {}}}, "HQQ with settings that differ"),
+    ],
+)
+def test_what_is_not_read_is_refused_by_name(section: dict[str, Any], named: str) -> None:
+    with pytest.raises(
+        UserError, match=f"stored as {named}.*, which .* name the model that it was made from"
+    ) as raised:
+        scheme_of({"quantization_config": section})
+    assert raised.value.key == "model.path"
+
+
+def pack(codes: list[int], bits: int, order: tuple[int, ...] | None = None) -> int:
+    """One 32-bit word of `codes`, the first lowest or, with `order`, code order[n] at place n; signed, as int32 is."""
+    places = order or tuple(range(len(codes)))
+    word = sum(codes[code] << (bits * place) for place, code in enumerate(places))
+    return word - 2**32 if word >= 2**31 else word
+
+
+def directory_of(path: Path, section: dict[str, Any], stored: Mapping[str, Tensor]) -> nn.Module:
+    """A network of one layer called `layer`, read from a directory where it is stored so."""
+    save_file({f"layer.{name}": tensor.contiguous() for name, tensor in stored.items()}, path / "model.safetensors")
+    scheme = scheme_of({"quantization_config": section})
+    assert scheme is not None
+    reader = WeightReader(path)
+    network = nn.ModuleDict({"layer": nn.Linear(32, 16, bias=False, device="meta")})
+    replace_linears(network, scheme, torch.float16, reader)
+    whole = packed_tensors(reader, network)("layer.weight")
+    network["layer"].weight = nn.Parameter(torch.cat([whole[:7], whole[7:]]), requires_grad=False)
+    return network["layer"]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("reordered", [False, True])
+@pytest.mark.parametrize("file_format", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_gptq_checkpoints_are_read(
+    bits: int, reordered: bool, file_format: str, scale_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    torch.manual_seed(bits)
+    per_word = 32 // bits
+    codes, zeros = torch.randint(2**bits, (32, 16)), torch.randint(1, 2**bits, (2, 16))
+    scales = torch.rand(2, 16).to(scale_dtype)
+    group = torch.arange(32)[torch.randperm(32) if reordered else slice(None)] // 16
+    stored_zeros = zeros - 1 if file_format == "gptq" else zeros
+    stored = {
+        "qweight": torch.tensor(
+            [[pack(codes[i : i + per_word, o].tolist(), bits) for o in range(16)] for i in range(0, 32, per_word)],
+            dtype=torch.int32,
+        ),
+        "qzeros": torch.tensor(
+            [[pack(row[o : o + per_word].tolist(), bits) for o in range(0, 16, per_word)] for row in stored_zeros],
+            dtype=torch.int32,
+        ),
+        "scales": scales,
+        "g_idx": group.to(torch.int32),
+    }
+    section = {"quant_method": "gptq", "bits": bits, "group_size": 16, "checkpoint_format": file_format}
+    layer = directory_of(tmp_path, section | {"dynamic": {"-:lm_head": {}}}, stored)
+    expected = (codes - zeros[group]).double() * scales[group].double()
+    assert torch.equal(layer.dequantize(), expected.t().to(torch.float16))  # type: ignore[operator]
+
+
+def test_awq_checkpoints_are_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's WQLinear_GEMM.from_linear
+    codes, zeros, scales = torch.randint(16, (32, 16)), torch.randint(16, (2, 16)), torch.rand(2, 16).half()
+    words = {
+        name: torch.tensor(
+            [[pack(row[o : o + 8].tolist(), 4, order) for o in (0, 8)] for row in matrix], dtype=torch.int32
+        )
+        for name, matrix in {"qweight": codes, "qzeros": zeros}.items()
+    }
+    section = {"quant_method": "awq", "bits": 4, "group_size": 16, "version": "gemm", "zero_point": True}
+    layer = directory_of(tmp_path, section, {**words, "scales": scales})
+    group = torch.arange(32) // 16
+    expected = (codes - zeros[group]).double() * scales[group].double()
+    assert torch.equal(layer.dequantize(), expected.t().to(torch.float16))  # type: ignore[operator]
+    hidden = torch.randn(3, 32, dtype=torch.float16, requires_grad=True)
+    layer(hidden).sum().backward()
+    assert torch.equal(hidden.grad, torch.ones(3, 16, dtype=torch.float16) @ layer.dequantize())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_hqq_checkpoints_are_read(bits: int, axis: int, tmp_path: Path) -> None:
+    torch.manual_seed(bits)
+    rows, columns = (64, 8) if axis == 1 else (8, 64)  # groups of 8
+    codes = torch.randint(2**bits, (rows, columns))
+    one_a_group = (rows, 1) if axis == 1 else (1, columns)
+    zero, scale = torch.rand(one_a_group) * 2**bits, torch.rand(one_a_group)
+    height = rows * bits // 8
+    packed = torch.zeros(height, columns, dtype=torch.int64)
+    for row in range(rows):
+        packed[row % height] += codes[row] << (8 - bits - bits * (row // height))
+    weights = {"nbits": bits, "group_size": 8, "axis": axis, "view_as_float": False}
+    layer = directory_of(
+        tmp_path,
+        {"quant_method": "hqq", "quant_config": {"weight_quant_params": weights}},
+        {"W_q": packed.to(torch.uint8), "scale": scale, "zero": zero},
+    )
+    expected = ((codes.float() - zero) * scale).reshape(16, 32).to(torch.float16)
+    assert torch.equal(layer.dequantize(), expected)  # type: ignore[operator]
 
 
 def test_a_quantized_head_is_refused(llama: Path, cache: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import Any
 
 from understudy.errors import UserError
@@ -12,6 +13,8 @@ __all__ = ["bitsandbytes_functional", "bitsandbytes_version"]
 
 def bitsandbytes_functional() -> Any:
     """The module `bitsandbytes.functional`. Raises `UserError` where the package is not installed."""
+    # It warns on each import, on CPUs with AVX512-BF16, of a package for its own inference layers that is absent.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as error:

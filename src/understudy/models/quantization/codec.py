@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from understudy.contracts import LazyTensor
+from understudy.errors import UserError
 
-__all__ = ["ALIGNMENT", "Codec", "Scheme", "Segment"]
+__all__ = ["ALIGNMENT", "Codec", "Scheme", "Segment", "unreadable"]
 
 ALIGNMENT = 16
 """Bytes. Every segment starts at a multiple, so it can be viewed as its dtype, and the whole as any storage dtype."""
@@ -80,3 +81,12 @@ class Scheme:
     """A linear layer is quantized if `<layer>.<marker>` is stored."""
     codec: Callable[[int, int], Codec]
     """From a layer's out_features and in_features."""
+
+
+def unreadable(what: str) -> UserError:
+    """The refusal of a quantized model that cannot be trained on: `what`, such as `GPTQ in 3 bits`."""
+    return UserError(
+        f"the model is stored as {what:.80}, which cannot be trained on; name the model that it was made from, and set "
+        "quantization to have that quantized here.",
+        key="model.path",
+    )

@@ -13,7 +13,7 @@ from typing import Any
 
 import understudy.models.quantization.codecs as package
 from understudy.errors import UserError
-from understudy.models.quantization.codec import Scheme
+from understudy.models.quantization.codec import Scheme, unreadable
 
 __all__ = ["scheme_of"]
 
@@ -33,11 +33,7 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
         if scheme is not None:
             return scheme
     method = str(section.get("quant_method", "an unknown method"))
-    raise UserError(
-        f"the model is quantized with {method:.40}, which cannot be trained on; name the model that it was made from, "
-        "and set quantization to have that quantized here.",
-        key="model.path",
-    )
+    raise unreadable(method)
 
 
 @cache

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from understudy.contracts import LazyTensor
-from understudy.errors import UserError
 from understudy.models.quantization.bitsandbytes_package import bitsandbytes_functional
-from understudy.models.quantization.codec import Codec, Scheme, Segment
+from understudy.models.quantization.codec import Codec, Scheme, Segment, unreadable
 
 __all__ = ["FourBit", "quantize", "scheme_of"]
 
@@ -32,7 +31,7 @@ def scheme_of(section: Mapping[str, Any]) -> Scheme | None:
         return None
     data_type = section.get("bnb_4bit_quant_type", "fp4")
     if data_type not in ("nf4", "fp4"):
-        raise UserError(f"{data_type!r:.40} is no 4-bit type of bitsandbytes; get the model again.")
+        raise unreadable(f"{data_type}, a 4-bit type")
     nested = bool(section.get("bnb_4bit_use_double_quant", False))
     return Scheme(data_type, _SCALES, partial(FourBit, data_type=data_type, nested=nested))
 
@@ -60,11 +59,7 @@ class FourBit(Codec):
         stored = bytes(read(f"weight.quant_state.bitsandbytes__{self.data_type}")[:].tolist())
         description: dict[str, Any] = json.loads(stored)
         if description.get("blocksize") != _BLOCK or description.get("nested_blocksize", 256) != _NESTED_BLOCK:
-            raise UserError(
-                f"the model is quantized in blocks of {description.get('blocksize')} numbers, and only blocks of "
-                f"{_BLOCK} are read; name the model that it was made from, and set quantization.",
-                key="model.path",
-            )
+            raise unreadable(f"{self.data_type} in blocks of {description.get('blocksize')}")
         names = [segment.name for segment in self.segments if segment.name != _NESTED_OFFSET]
         sources: dict[str, LazyTensor] = {name: read(name) for name in names}
         if self.nested:

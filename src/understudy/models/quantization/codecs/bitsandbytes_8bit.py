@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from understudy.contracts import LazyTensor
-from understudy.errors import UserError
 from understudy.models.quantization.bitsandbytes_package import bitsandbytes_functional
-from understudy.models.quantization.codec import Codec, Scheme, Segment
+from understudy.models.quantization.codec import Codec, Scheme, Segment, unreadable
 
 __all__ = ["EightBit", "quantize", "scheme_of"]
 
@@ -47,11 +46,7 @@ class EightBit(Codec):
     def sources(self, read: Callable[[str], LazyTensor]) -> Mapping[str, LazyTensor]:
         """Old files may hold codes in an order that some GPUs wanted, which the small tensor beside them tells."""
         if read(_ORDER)[()].any():
-            raise UserError(
-                "the model's 8-bit weights are not stored row by row, as bitsandbytes has done since 0.45; name the "
-                "model that it was made from, and set quantization.",
-                key="model.path",
-            )
+            raise unreadable("int8 that is not in the order of rows")
         return super().sources(read)
 
     def dequantize(self, packed: Tensor) -> Tensor:
