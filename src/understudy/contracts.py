@@ -149,7 +149,8 @@ class LazyTensor(Protocol):
 class Strategy(Protocol):
     """How the data-parallel axis stores state. Every method is a collective: all ranks call it, in the same order.
 
-    Names are canonical: the Hugging Face parameter names, whatever wraps the module. A tied parameter has one name.
+    Names are canonical: the Hugging Face parameter names, peft's for an adapter's own, whatever wraps the module. A
+    tied parameter has one name. One that requires no gradient is frozen: it gets no gradient and no optimizer state.
     """
 
     def build(
@@ -171,12 +172,13 @@ class Strategy(Protocol):
         ...
 
     def layout(self) -> Mapping[str, TensorSpec]:
-        """Name, full shape and dtype of each weight that `state` yields, in order; the same on every rank."""
+        """Name, full shape and dtype of each weight, in the order of `state`; the same on every rank."""
         ...
 
-    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
-        """Full weights in `layout` order, one at a time, on any device; a rank yields only those it owns. What it
-        yields may be the strategy's own memory, which the next step changes."""
+    def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:
+        """Full weights in `layout` order, one at a time, on any device; a rank yields only those it owns, and those
+        that nobody owns are left where they are. What it yields may be the strategy's own memory, which the next step
+        changes."""
         ...
 
     def optimizer_layout(self) -> Mapping[str, TensorSpec]:

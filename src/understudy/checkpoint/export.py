@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from understudy.checkpoint.durable import sync_directory, sync_tree
-from understudy.checkpoint.ownership import assign_owners
+from understudy.checkpoint.form import Form
 from understudy.checkpoint.shards import Shards
 from understudy.contracts import Strategy, TensorSpec
 
@@ -24,11 +24,12 @@ def save_model(
     *,
     rank: int,
     world_size: int,
+    form: Form,
     dtype: torch.dtype,
     buffers: Mapping[str, Tensor],
     write_companions: Callable[[Path], None],
 ) -> None:
-    """Writes weights as safetensors in `dtype`, each rank its own shard, one tensor in memory at a time.
+    """Writes the weights that `form` keeps as safetensors in `dtype`, one tensor in memory at a time.
 
     `directory` must not exist and appears whole: it is written beside under another name and renamed at the end.
     `buffers` are persistent buffers, saved as they are; `write_companions` writes configuration and tokenizer, on
@@ -40,8 +41,8 @@ def save_model(
         partial.mkdir(parents=True)
     dist.barrier()
     layout = {name: stored_spec(spec, dtype) for name, spec in strategy.layout().items()}
-    shards = Shards("model", layout, assign_owners(layout, world_size))
-    shards.write(partial, rank, strategy.state(shards.owners.__getitem__), buffers if rank == 0 else {})
+    shards = Shards.of(form, layout, world_size)
+    shards.write(partial, rank, strategy.state(shards.owner), buffers if rank == 0 else {})
     if rank == 0:
         write_companions(partial)
     dist.barrier()

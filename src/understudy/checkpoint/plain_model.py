@@ -17,6 +17,7 @@ from torch import Tensor
 
 from understudy.checkpoint.durable import sync_directory, sync_tree
 from understudy.checkpoint.export import stored_spec
+from understudy.checkpoint.form import WHOLE_MODEL
 from understudy.checkpoint.places import CONFIG, ModelPlace, find_model
 from understudy.checkpoint.reloading import UnloadableModelError, reload_model, reload_tokenizer
 from understudy.checkpoint.safetensors_writer import DTYPES, spec_bytes
@@ -131,7 +132,7 @@ def _shards(reader: WeightReader, directory: Path, dtype: torch.dtype | None, sh
             shard, used_bytes = shard + 1, 0
         owners[name] = shard
         used_bytes += size
-    return Shards("model", layout, owners)
+    return Shards(WHOLE_MODEL, layout, owners)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

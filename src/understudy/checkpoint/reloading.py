@@ -11,9 +11,10 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from understudy.errors import UserError
+from understudy.models.adapters.library import import_peft
 from understudy.models.architecture import UNBUILDABLE
 
-__all__ = ["UNLOADABLE", "UnloadableModelError", "reload_model", "reload_tokenizer"]
+__all__ = ["UNLOADABLE", "UnloadableModelError", "reload_adapter", "reload_model", "reload_tokenizer"]
 
 UNLOADABLE = (StrictDataclassError, SafetensorError, OSError, ImportError, *UNBUILDABLE)
 """What these libraries raise for a damaged or foreign directory."""
@@ -45,6 +46,18 @@ def reload_model(directory: Path, *, dtype: torch.dtype | Literal["auto"], trust
         if found := loading.get(fault):
             raise UnloadableModelError(f"has {fault}: {sorted(map(str, found))[:3]}.", file=directory)
     return model
+
+
+def reload_adapter(model: Any, directory: Path) -> Any:
+    """`model`, a transformers one, with the adapter in `directory` around it, as peft loads it.
+
+    Raises `UnloadableModelError` when it does not load, or does not belong to the model.
+    """
+    peft = import_peft()
+    try:
+        return peft.PeftModel.from_pretrained(model, str(directory))
+    except UNLOADABLE as error:
+        raise UnloadableModelError(f"does not load with peft: {_first_line(error)}", file=directory) from error
 
 
 def reload_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:

@@ -11,6 +11,7 @@ from threading import Thread
 import torch.distributed as dist
 from torch import Tensor
 
+from understudy.checkpoint.form import Form
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saving import CheckpointPlan, Tensors, commit_checkpoint, full_disk, write_part
 from understudy.checkpoint.store import CheckpointStore
@@ -28,6 +29,8 @@ class SaveSettings:
     keep: int
     keep_best: bool
     background: bool
+    form: Form
+    """Of the weights."""
     buffers: Mapping[str, Tensor]
     """Persistent buffers of the model."""
     write_companions: Callable[[Path], None]
@@ -57,7 +60,7 @@ class CheckpointSaver:
     def save(self, progress: Progress) -> None:
         """Begins the checkpoint of `progress`, after the one before is committed. Raises what that failed with."""
         self.wait()
-        plan = CheckpointPlan.of(self._strategy, self._world_size)
+        plan = CheckpointPlan.of(self._strategy, self._settings.form, self._world_size)
         store = self._settings.store
         partial = store.partial(progress.step, self._settings.token)
         if self._rank == 0:
@@ -70,7 +73,7 @@ class CheckpointSaver:
                 "output_dir that all of them share.",
                 file=store.directory,
             )
-        weights: Tensors = self._strategy.state(plan.model.owners.__getitem__)
+        weights: Tensors = self._strategy.state(plan.model.owner)
         optimizer_state: Tensors = self._strategy.optimizer_state(plan.optimizer.owners.__getitem__)
         if not self._settings.background:
             self._write(plan, partial, progress, weights, optimizer_state)

@@ -13,8 +13,8 @@ from shutil import disk_usage
 from torch import Tensor
 
 from understudy.checkpoint.durable import sync_directory, sync_tree, write_durably
+from understudy.checkpoint.form import OPTIMIZER_STATE, Form
 from understudy.checkpoint.manifest import FileEntry, describe_file, write_manifest, write_marker
-from understudy.checkpoint.ownership import assign_owners
 from understudy.checkpoint.progress import STATE, Progress
 from understudy.checkpoint.shards import Shards
 from understudy.checkpoint.store import CheckpointStore
@@ -41,12 +41,11 @@ class CheckpointPlan:
     optimizer: Shards
 
     @staticmethod
-    def of(strategy: Strategy, world_size: int) -> CheckpointPlan:
+    def of(strategy: Strategy, form: Form, world_size: int) -> CheckpointPlan:
         """Known without asking other ranks: layouts are the same on each."""
-        model, optimizer = strategy.layout(), strategy.optimizer_layout()
         return CheckpointPlan(
-            Shards("model", model, assign_owners(model, world_size)),
-            Shards("optimizer", optimizer, assign_owners(optimizer, world_size)),
+            Shards.of(form, strategy.layout(), world_size),
+            Shards.of(OPTIMIZER_STATE, strategy.optimizer_layout(), world_size),
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
+from understudy.contracts import LazyTensor
 from understudy.devices.device import Device
 from understudy.errors import UserError
 from understudy.models.architecture import UNBUILDABLE, document_limit, invalid_config, load_config
@@ -18,17 +20,24 @@ from understudy.models.attention import register_attention
 from understudy.models.head import LossHead
 from understudy.models.language_model import LanguageModel
 from understudy.models.probe import find_logit_transform
+from understudy.models.quantization.linear import QuantizedLinear, replace_linears
+from understudy.models.quantization.packed import packed_tensors
+from understudy.models.quantization.scheme import scheme_of
 from understudy.models.weights import WeightReader
 from understudy.recipe import schema
 
 __all__ = ["make_language_model", "open_weights", "shared_names"]
 
 
-def make_language_model(directory: Path, model: schema.Model, device: Device) -> LanguageModel:
+def make_language_model(
+    directory: Path, model: schema.Model, device: Device, *, quantized_dtype: torch.dtype = torch.float32
+) -> LanguageModel:
     """The architecture in `directory` with `model.config` applied, document-aware attention and the loss head.
 
-    Parameters are fp32 on the meta device and hold nothing; buffers (rotary frequencies …) are real, on the CPU. Reads
-    no weights but persistent buffers. Raises `UserError` for an architecture that cannot be trained on flat batches.
+    Parameters are fp32 on the meta device and hold nothing; layers that are stored quantized compute in
+    `quantized_dtype`, and their weights are bytes that pretend to be of it. Buffers (rotary frequencies …) are real, on
+    the CPU. Reads no weights but persistent buffers. Raises `UserError` for an architecture that cannot be trained on
+    flat batches.
     """
     config = load_config(directory, model)
     attention = register_attention(model.attention, device)
@@ -46,22 +55,27 @@ def make_language_model(directory: Path, model: schema.Model, device: Device) ->
         raise _not_document_aware(config.model_type)
     network.tie_weights()
     _make_buffers_real(network)
+    if (scheme := scheme_of(config.to_dict())) is not None:
+        replace_linears(network, scheme, quantized_dtype, WeightReader(directory))
     _replace_head(network)
     built = LanguageModel(network, document_limit(network))
     _load_persistent_buffers(built, directory)
     return built
 
 
-def open_weights(directory: Path, model: LanguageModel) -> WeightReader:
-    """A reader of `directory` under `model`'s parameter names, checked to hold all of them in the right shapes."""
+def open_weights(directory: Path, model: LanguageModel) -> Callable[[str], LazyTensor]:
+    """A reader of `directory` under `model`'s parameter names, checked to hold all of them in the right shapes. `model`
+    is as `make_language_model` gives it."""
     network = model.network
     aliases: dict[str, list[str]] = {}
     for first, *others in shared_names(network):
         aliases[first] = others
     renamed = _renamed(network, WeightReader(directory).names())
     reader = WeightReader(directory, renamed=renamed, aliases=aliases)
-    reader.check({name: tuple(parameter.shape) for name, parameter in network.named_parameters()})
-    return reader
+    quantized = {f"{name}.weight" for name, module in network.named_modules() if isinstance(module, QuantizedLinear)}
+    whole = {name: tuple(p.shape) for name, p in network.named_parameters() if name not in quantized}
+    reader.check(whole)
+    return packed_tensors(reader, network) if quantized else reader
 
 
 def _not_document_aware(model_type: str) -> UserError:

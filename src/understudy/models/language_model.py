@@ -18,6 +18,7 @@ from understudy.devices.attention import Documents
 from understudy.errors import UserError
 from understudy.models.attention import isolating_documents
 from understudy.models.head import LossHead
+from understudy.models.prompted import Prompted
 
 __all__ = ["LanguageModel"]
 
@@ -29,6 +30,8 @@ class LanguageModel(nn.Module):
     """
 
     network: PreTrainedModel
+    prompt_embeddings: nn.Parameter | None
+    """[P, H], in front of every document, where prompt tuning learns them."""
 
     def __init__(self, network: PreTrainedModel, document_limit: int | None) -> None:
         """`document_limit`: most tokens of one document, where positions beyond it do not exist or change the meaning
@@ -36,6 +39,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.network = network
         self.document_limit = document_limit
+        self.register_parameter("prompt_embeddings", None)
 
     def forward(
         self, batch: Batch, token_loss: TokenLoss | None = None, logits_at: Tensor | None = None
@@ -52,7 +56,15 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, batch: Batch) -> Tensor:
         """Final hidden states [T, H]."""
-        documents = Documents.of(batch.document_offsets, batch.tokens.device)
+        if self.prompt_embeddings is None:
+            offsets, positions = batch.document_offsets, batch.positions
+            words: dict[str, Tensor] = {"input_ids": batch.tokens.unsqueeze(0)}
+        else:
+            prompted = Prompted.of(batch, len(self.prompt_embeddings))
+            offsets, positions = prompted.document_offsets, prompted.positions
+            embedded = self.network.get_input_embeddings()(batch.tokens)
+            words = {"inputs_embeds": prompted.join(self.prompt_embeddings, embedded).unsqueeze(0)}
+        documents = Documents.of(offsets, batch.tokens.device)
         if self.document_limit is not None and documents.longest > self.document_limit:
             raise UserError(
                 f"a document of {documents.longest} tokens is longer than the {self.document_limit} positions this "
@@ -60,13 +72,10 @@ class LanguageModel(nn.Module):
             )
         with isolating_documents():
             output = self.network.base_model(
-                input_ids=batch.tokens.unsqueeze(0),
-                position_ids=batch.positions.unsqueeze(0),
-                use_cache=False,
-                documents=documents,
+                **words, position_ids=positions.unsqueeze(0), use_cache=False, documents=documents
             )
-        hidden: Tensor = output.last_hidden_state
-        return hidden.squeeze(0)
+        hidden: Tensor = output.last_hidden_state.squeeze(0)
+        return hidden if self.prompt_embeddings is None else hidden.index_select(0, prompted.rows)
 
     @property
     def head(self) -> LossHead:

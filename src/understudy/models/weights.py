@@ -58,7 +58,8 @@ class WeightReader:
 
     A name is looked up as it is, then under `aliases` (tied weights: any of them may be the one stored), then with its
     first component removed or a base model's prefix added (checkpoints saved from the base model, or the reverse).
-    `renamed` maps names on disk to names in the model, for architectures whose checkpoints name things differently.
+    `renamed` maps names on disk to names in the model, for architectures whose checkpoints name things differently;
+    `only` names the one file to read.
     Raises `UserError` for a directory without readable safetensors. Files stay open as long as the reader lives.
     """
 
@@ -68,13 +69,14 @@ class WeightReader:
         *,
         renamed: Mapping[str, str] | None = None,
         aliases: Mapping[str, Iterable[str]] | None = None,
+        only: str | None = None,
     ) -> None:
         self.directory = directory
         self._aliases = {name: tuple(names) for name, names in (aliases or {}).items()}
         self._files: dict[str, Path] = {}
         self._keys: dict[str, str] = {}
         self._handles: dict[Path, Any] = {}
-        for file in stored_files(directory):
+        for file in stored_files(directory) if only is None else [directory / only]:
             for key in self._open(file).keys():  # noqa: SIM118  # the handle is no mapping
                 name = (renamed or {}).get(key, key)
                 self._files[name], self._keys[name] = file, key
@@ -89,8 +91,8 @@ class WeightReader:
             raise UserError(f"{self.directory} has no weight {name}.")
         return StoredTensor(self._handles[self._files[found]], self._keys[found])
 
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._find(name) is not None
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raises `UserError` that lists every name which is missing, has another shape than `shapes` says, or is not of

@@ -8,11 +8,14 @@ from typing import Any
 
 from torch import nn
 
+from understudy.recipe.schema import Optimizer
+
 __all__ = ["NamedParameters", "decay_groups", "is_hidden_matrix", "ndim"]
 
 NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 _NUMBERED_LAYER = re.compile(r"\.\d+\.")
+_LORA_B = re.compile(r"\.lora_(embedding_)?B\b")
 
 
 def ndim(parameter: nn.Parameter) -> int:
@@ -26,15 +29,22 @@ def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
     return ndim(parameter) == 2 and _NUMBERED_LAYER.search(name) is not None
 
 
-def decay_groups(named_parameters: NamedParameters, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, empty ones left out: matrices decay, norms and biases do not.
+def decay_groups(named_parameters: NamedParameters, optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, empty ones left out: matrices decay, norms and biases do not, and LoRA's B matrices
+    have a learning rate of their own (LoRA+, Hayou et al., 2024): `lr_scale` times that of the step.
 
     Norms and biases are the parameters of fewer than two dimensions. Frozen parameters belong to no group. The order
     within a group is the order given, the same on every rank.
     """
-    trainable = [parameter for _, parameter in named_parameters if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if ndim(parameter) >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if ndim(parameter) < 2], "weight_decay": 0.0},
+    trainable = [(name, parameter) for name, parameter in named_parameters if parameter.requires_grad]
+    matrices = [(name, parameter) for name, parameter in trainable if ndim(parameter) >= 2]
+    members = [
+        ([p for name, p in matrices if not _LORA_B.search(name)], optimizer.weight_decay, 1.0),
+        ([p for name, p in matrices if _LORA_B.search(name)], optimizer.weight_decay, optimizer.lora_plus_ratio),
+        ([p for _, p in trainable if ndim(p) < 2], 0.0, 1.0),
     ]
-    return [group for group in groups if group["params"]]
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+        for parameters, decay, scale in members
+        if parameters
+    ]

@@ -42,15 +42,13 @@ class LoRA(TargetedAdapter):
     """Of the adapters' inputs, while training."""
     rank_stabilized: bool = False
     """Scale by alpha / √rank instead (rsLoRA)."""
-    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora"] = "default"
+    init: Literal["default", "gaussian", "pissa", "olora"] = "default"
     """Initial values. `pissa` and `olora` begin with the main directions of each weight, and train what is left."""
-    learning_rate_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    """Learning rate of the B matrices over that of the others (LoRA+)."""
     train: Annotated[tuple[Literal["embeddings", "head"], ...], Field(strict=False)] = ()
     """Parts of the model that are trained whole beside the adapter."""
 
 
-class IA3(TargetedAdapter):
+class IA3(PeftAdapter):
     kind: Literal["ia3"] = "ia3"
     """Learned factors on keys, values and feed-forward activations (Liu et al., 2022)."""
     targets: Names | str | None = None

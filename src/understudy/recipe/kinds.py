@@ -6,7 +6,7 @@ from understudy.recipe.schema import Optimizer, Schedule
 
 __all__ = ["OPTIMIZER_FIELDS", "SCHEDULE_FIELDS", "unread_fields"]
 
-_ALWAYS = frozenset({"kind", "learning_rate", "weight_decay"})
+_ALWAYS = frozenset({"kind", "learning_rate", "weight_decay", "lora_plus_ratio"})
 
 OPTIMIZER_FIELDS: dict[str, frozenset[str]] = {
     "adamw": _ALWAYS | {"betas", "eps"},

@@ -129,6 +129,8 @@ class Optimizer(Section):
     """Added to the denominator (Adam, Muon's AdamW part)."""
     momentum: Fraction = 0.0
     """Momentum of SGD."""
+    lora_plus_ratio: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    """Learning rate of LoRA's B matrices over that of all else (LoRA+)."""
 
 
 class Schedule(Section):

@@ -76,14 +76,14 @@ def _detached(part: LossSum) -> LossSum:
     return LossSum(part.loss.detach(), part.num_tokens, metrics)
 
 
-def materialize(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives every meta parameter of `module` uninitialised memory of `dtype` on `device`, in place and once where tied;
-    moves buffers, which are real, to `device` in their own dtype."""
+def materialize(module: nn.Module, device: torch.device, dtype_of: Callable[[nn.Parameter], torch.dtype]) -> None:
+    """Gives every meta parameter of `module` uninitialised memory of the dtype that `dtype_of` it says on `device`, in
+    place and once where tied; moves buffers, which are real, to `device` in their own dtype."""
     fresh: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
             if id(parameter) not in fresh:
-                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                values = torch.empty(parameter.shape, dtype=dtype_of(parameter), device=device)
                 fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)
             setattr(child, name, fresh[id(parameter)])
         for name, buffer in list(child.named_buffers(recurse=False)):

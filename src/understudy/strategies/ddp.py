@@ -27,7 +27,7 @@ class DDPStrategy(TorchStrategy):
 
     def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
         module = make_model()
-        materialize(module, self.device, self.precision.weights)
+        materialize(module, self.device, self.precision.held_in)
         compute_in(module, self.precision.compute)
         self._wrapped: DistributedDataParallel | None = None
         if self.world.size > 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from understudy.contracts import Batch, LazyTensor, LossScale, LossSum, Objective, TensorSpec
 from understudy.errors import DivergedError, UserError
 from understudy.models.language_model import LanguageModel
+from understudy.models.names import canonical_name
 from understudy.optim.groups import decay_groups
 from understudy.parallel.world import World
 from understudy.recipe.deepspeed_file import effective_deepspeed
@@ -23,10 +24,15 @@ from understudy.strategies.base import MakeModel, MakeOptimizer, ModuleStrategy,
 from understudy.strategies.compiled_operators import build_operators, choose_directory
 from understudy.strategies.engine_config import engine_config
 from understudy.strategies.host_adamw import make_host_adamw
-from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision, compute_in
 from understudy.strategies.torch_native import TorchStrategy
-from understudy.strategies.zero_partitions import link_in_partition_order, partition_as_built, set_weight, spec_of
+from understudy.strategies.zero_partitions import (
+    link_in_partition_order,
+    partition_as_built,
+    set_weight,
+    shape_of,
+    whole_weight,
+)
 from understudy.strategies.zero_state import ZeroState
 
 __all__ = ["ReplicatedEngine", "ZeroEngine", "make", "prepare"]
@@ -99,7 +105,7 @@ def _config(recipe: Recipe, precision: Precision, world: World, module: Language
         precision,
         world_size=world.size,
         hidden_size=int(module.config.get_text_config().hidden_size),
-        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        num_trained=sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
     )
 
 
@@ -127,7 +133,7 @@ class ReplicatedEngine(_EngineBackward, TorchStrategy):
         deepspeed = _joined_deepspeed(self.recipe)
         module = cast(LanguageModel, make_model())
         config = _config(self.recipe, self.precision, self.world, module)
-        materialize(module, self.device, self.precision.weights)
+        materialize(module, self.device, self.precision.held_in)
         compute_in(module, self.precision.compute)
         self.module = module
         self.optimizer = make_optimizer(self._parameters().items())
@@ -163,18 +169,18 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
         if self.stage == 3:
             partition_as_built(module, config, self.device, self.precision.compute)
         else:
-            materialize(module, self.device, self.precision.compute)
+            materialize(module, self.device, lambda _: self.precision.compute)
         named = {canonical_name(name): parameter for name, parameter in module.named_parameters()}
         if self.offload_optimizer == "none":
             optimizer = make_optimizer(named.items())
         else:
             settings = self.recipe.optimizer
-            optimizer = make_host_adamw(settings, decay_groups(named.items(), settings.weight_decay))
+            optimizer = make_host_adamw(settings, decay_groups(named.items(), settings))
         self._named = named
         self.engine = _initialize(deepspeed, module, optimizer, config)
         if self.stage < 3:
             link_in_partition_order(self.engine.optimizer)
-        self._state = ZeroState(self.engine.optimizer, named)
+        self._state = ZeroState(self.engine.optimizer, {name: p for name, p in named.items() if p.requires_grad})
         self.module = self.engine
 
     def forward_backward(self, micro_batches: Sequence[Batch], objective: Objective, num_tokens: int) -> LossSum:
@@ -193,7 +199,7 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
     def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
         assert (max_norm or 0.0) == self.engine.gradient_clipping(), "the engine clips by its configuration"
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.engine.step()
         if getattr(self.engine.optimizer, "overflow", False):
             self._forget_gradients()
@@ -208,7 +214,10 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
             kept[group] = None
 
     def layout(self) -> Mapping[str, TensorSpec]:
-        return {name: spec_of(parameter) for name, parameter in self._named.items()}
+        return {
+            name: TensorSpec(shape_of(parameter), torch.float32 if parameter.requires_grad else self.precision.compute)
+            for name, parameter in self._named.items()
+        }
 
     def optimizer_layout(self) -> Mapping[str, TensorSpec]:
         return self._state.layout()
@@ -224,10 +233,12 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
             self._state.load(stored)
 
     @torch.no_grad()
-    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
-        for name in self._named:
-            weight = self._state.weight(name)
-            if owner(name) == self.world.rank:
+    def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self._named.items():
+            if (rank := owner(name)) is None:
+                continue
+            weight = self._state.weight(name) if parameter.requires_grad else whole_weight(parameter)
+            if rank == self.world.rank:
                 yield name, weight
 
     @torch.no_grad()

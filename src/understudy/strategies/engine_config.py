@@ -12,14 +12,14 @@ from understudy.strategies.precision import Precision
 __all__ = ["engine_config"]
 
 DEFAULT_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's own bucket size; a smaller model needs no larger bucket than itself."""
+"""DeepSpeed's own bucket size; fewer trained parameters need no larger bucket."""
 
 ACCUMULATION = 2
 """Any number above 1: with 1, DeepSpeed 0.14.4 leaves out its accumulation buffers for offloaded gradients."""
 
 
 def engine_config(
-    recipe: Recipe, precision: Precision, *, world_size: int, hidden_size: int, num_parameters: int
+    recipe: Recipe, precision: Precision, *, world_size: int, hidden_size: int, num_trained: int
 ) -> dict[str, Any]:
     """A complete DeepSpeed configuration without "auto".
 
@@ -46,7 +46,7 @@ def engine_config(
     _set_precision(config, recipe.training.precision if stage > 0 else "fp32")
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET_ELEMENTS, num_parameters))
+    zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET_ELEMENTS, num_trained))
     for key, target in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
         if target == "none":
             zero.pop(key, None)
@@ -54,6 +54,9 @@ def engine_config(
             zero.setdefault(key, {}).setdefault("device", target)
             if target == "nvme":
                 zero[key].setdefault("nvme_path", settings.nvme_path)
+    if stage == 3:
+        # DeepSpeed's own, 100,000, would keep whole layers of a small model, or of a quantized one, on every device.
+        zero.setdefault("stage3_param_persistence_threshold", "auto")
     _fill_automatic_sizes(zero, hidden_size)
     return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
 

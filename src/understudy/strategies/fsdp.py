@@ -44,7 +44,7 @@ class FSDPStrategy(TorchStrategy):
     def build(self, make_model: MakeModel, make_optimizer: MakeOptimizer) -> None:
         module = cast(LanguageModel, make_model())
         for parameter in module.parameters():
-            parameter.data = parameter.data.to(self.precision.weights)
+            parameter.data = parameter.data.to(self.precision.held_in(parameter))
         mesh = self._mesh()
         mixed = MixedPrecisionPolicy(param_dtype=self.precision.compute, reduce_dtype=torch.float32)
         pin = self.device.type != "cpu"

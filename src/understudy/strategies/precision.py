@@ -16,9 +16,13 @@ class Precision:
     weights: torch.dtype
     """Master weights, moments and gradient accumulation."""
     compute: torch.dtype
-    """Forward and backward."""
+    """Forward and backward, and weights that are not trained, which need no master."""
     loss_scaling: bool = False
     """Gradients would underflow in `compute` without a scale."""
+
+    def held_in(self, parameter: nn.Parameter) -> torch.dtype:
+        """The dtype in which the values of `parameter` are kept."""
+        return self.weights if parameter.requires_grad else self.compute
 
 
 _PRECISIONS = {

@@ -12,11 +12,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from understudy.contracts import LazyTensor, LossScale, TensorSpec
+from understudy.models.names import canonical_name
 from understudy.optim.state import kept_state, restore_state
 from understudy.parallel.world import World
 from understudy.strategies.base import ModuleStrategy
 from understudy.strategies.loss_scale import INITIAL_LOSS_SCALE, next_loss_scale
-from understudy.strategies.names import canonical_name
 from understudy.strategies.precision import Precision
 
 __all__ = ["TorchStrategy"]
@@ -53,7 +53,7 @@ class TorchStrategy(ModuleStrategy):
             if max_norm is not None:
                 clip_grads_with_norm_(parameters, max_norm, norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["lr_scale"]
             self._step()
         self._clear_gradients()
         if self.loss_scale:
@@ -66,6 +66,9 @@ class TorchStrategy(ModuleStrategy):
     def _parameters(self) -> dict[str, nn.Parameter]:
         return {canonical_name(name): parameter for name, parameter in self.module.named_parameters()}
 
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._parameters().items() if parameter.requires_grad}
+
     def layout(self) -> Mapping[str, TensorSpec]:
         return {name: TensorSpec(tuple(p.shape), p.dtype) for name, p in self._parameters().items()}
 
@@ -74,7 +77,7 @@ class TorchStrategy(ModuleStrategy):
         for name, parameter in self._parameters().items():
             _local(parameter).copy_(read(name)[_held(tuple(parameter.shape), parameter)])
 
-    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
+    def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:
         return self._owned(self._parameters().items(), owner)
 
     def optimizer_layout(self) -> Mapping[str, TensorSpec]:
@@ -85,22 +88,24 @@ class TorchStrategy(ModuleStrategy):
 
     @torch.no_grad()
     def load_optimizer_state(self, stored: Mapping[str, Mapping[str, LazyTensor]]) -> None:
-        for name, parameter in self._parameters().items():
+        for name, parameter in self._trained().items():
             kept = {key: _placed_like(value, parameter) for key, value in stored.get(name, {}).items()}
             if kept:
                 restore_state(self.optimizer, parameter, kept)
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self._parameters().items():
+        for name, parameter in self._trained().items():
             for key, value in kept_state(self.optimizer, parameter).items():
                 yield f"{name}.{key}", _sharded_as(value, parameter)
 
     def _owned(
-        self, tensors: Iterable[tuple[str, Tensor]], owner: Callable[[str], int]
+        self, tensors: Iterable[tuple[str, Tensor]], owner: Callable[[str], int | None]
     ) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tensors:
-            whole = _joined(tensor, self.device, owner(name))
-            if owner(name) == self.world.rank:
+            if (rank := owner(name)) is None:
+                continue
+            whole = _joined(tensor, self.device, rank)
+            if rank == self.world.rank:
                 assert whole is not None, "the owner has it whole"
                 yield name, whole
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import LazyTensor, TensorSpec
+from understudy.contracts import LazyTensor
 
-__all__ = ["link_in_partition_order", "partition_as_built", "read_flat", "set_weight", "spec_of"]
+__all__ = ["link_in_partition_order", "partition_as_built", "read_flat", "set_weight", "shape_of", "whole_weight"]
 
 
-def spec_of(parameter: nn.Parameter) -> TensorSpec:
-    """Shape of the whole, whether or not it is partitioned; master weights are fp32."""
-    return TensorSpec(tuple(getattr(parameter, "ds_shape", parameter.shape)), torch.float32)
+def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Of the whole, whether or not it is partitioned."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def whole_weight(parameter: Any) -> Tensor:
+    """A weight that is not trained, so that no optimizer has an fp32 one of it. A collective under ZeRO-3."""
+    if not hasattr(parameter, "ds_id"):
+        return cast(Tensor, parameter.detach())
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return cast(Tensor, parameter.detach().clone())
 
 
 def link_in_partition_order(optimizer: Any) -> None:
@@ -34,8 +44,8 @@ def link_in_partition_order(optimizer: Any) -> None:
 
 
 def set_weight(parameter: nn.Parameter, stored: LazyTensor) -> None:
-    """Sets this rank's part of the fp32 master weight and of the weight that computes; under ZeRO-3 only that part is
-    read from `stored`. A collective for parameters that live on NVMe."""
+    """Sets this rank's part of the weight that computes and, of one that is trained, of its fp32 master; under ZeRO-3
+    only that part is read from `stored`. A collective for parameters that live on NVMe."""
     if not hasattr(parameter, "ds_id"):
         _set_whole(parameter, stored)
     elif getattr(parameter, "nvme_swapper", None) is not None:
@@ -49,7 +59,8 @@ def _set_whole(parameter: nn.Parameter, stored: LazyTensor) -> None:
 
     whole = read_flat(stored, 0, parameter.numel()).view(parameter.shape).to(parameter.device)
     parameter.data.copy_(whole)
-    safe_set_full_fp32_param(parameter, whole)
+    if parameter.requires_grad:
+        safe_set_full_fp32_param(parameter, whole)
 
 
 def _set_partition(parameter: Any, stored: LazyTensor) -> None:
@@ -59,10 +70,11 @@ def _set_partition(parameter: Any, stored: LazyTensor) -> None:
     start = torch.distributed.get_rank(parameter.ds_process_group) * partition.numel()
     held = read_flat(stored, start, start + partition.numel())
     # The last rank's part is padded so that all are equal in size.
-    padded = torch.zeros(partition.numel(), dtype=torch.float32)
+    padded = held.new_zeros(partition.numel())
     padded[: held.numel()] = held
     partition.data.copy_(padded)
-    safe_set_local_fp32_param(parameter, padded.to(partition.device))
+    if parameter.requires_grad:
+        safe_set_local_fp32_param(parameter, padded.to(partition.device, torch.float32))
     if parameter.numel():  # small parameters are kept whole beside their partition
         parameter.data.copy_(read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
 
@@ -74,6 +86,8 @@ def _set_swapped(parameter: Any, stored: LazyTensor) -> None:
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if torch.distributed.get_rank() == 0:
             parameter.data.copy_(read_flat(stored, 0, parameter.ds_numel).view(parameter.ds_shape))
+    if not parameter.requires_grad:
+        return
     size = parameter.ds_tensor.ds_numel
     start = torch.distributed.get_rank(parameter.ds_process_group) * size
     padded = torch.zeros(size, dtype=torch.float32)

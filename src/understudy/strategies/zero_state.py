@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from understudy.contracts import LazyTensor, TensorSpec
 from understudy.optim.state import Kept, kept_state, restore_state
-from understudy.strategies.zero_partitions import read_flat, spec_of
+from understudy.strategies.zero_partitions import read_flat, shape_of
 
 __all__ = ["ZeroState"]
 
@@ -35,7 +35,8 @@ class Part(NamedTuple):
 
 
 class ZeroState:
-    """`optimizer` is the engine's, `named` the parameters by canonical name. Reading and setting are collectives."""
+    """`optimizer` is the engine's, `named` the trained parameters by canonical name. To read and to set are
+    collectives."""
 
     def __init__(self, optimizer: Any, named: Mapping[str, nn.Parameter]) -> None:
         self._optimizer = optimizer
@@ -49,7 +50,7 @@ class ZeroState:
     def layout(self) -> dict[str, TensorSpec]:
         """Name, full shape and dtype of every tensor of optimizer state; empty before the first update."""
         return {
-            f"{name}.{key}": TensorSpec(spec_of(parameter).shape if value.ndim else (), value.dtype)
+            f"{name}.{key}": TensorSpec(shape_of(parameter) if value.ndim else (), value.dtype)
             for name, parameter in self._named.items()
             for key, value in self._kept(self._groups[id(parameter)]).items()
         }
@@ -123,7 +124,7 @@ class ZeroState:
         return values.new_empty(0) if part is None else values[part.offset : part.offset + part.numel]
 
     def _whole(self, parameter: Any, part: Part | None, local: Tensor) -> Tensor:
-        shape = spec_of(parameter).shape
+        shape = shape_of(parameter)
         local = local.to(parameter.device)  # state kept in host memory travels over the device
         if hasattr(parameter, "ds_id"):
             ranks = dist.get_world_size(parameter.ds_process_group)

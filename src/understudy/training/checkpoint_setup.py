@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from understudy import __version__
+from understudy.checkpoint.form import Form
 from understudy.checkpoint.loading import open_optimizer_state
 from understudy.checkpoint.places import MODEL
 from understudy.checkpoint.progress import Progress, read_progress
@@ -18,6 +19,7 @@ from understudy.contracts import LossScale, Strategy
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.run_lock import still_owned
 from understudy.parallel.world import World
+from understudy.training.adapting import Adapted, adapted_model
 from understudy.training.checkpointing import CheckpointHook
 from understudy.training.evaluation import EvaluationHook
 from understudy.training.hooks import TrainingState, interval_steps
@@ -25,12 +27,16 @@ from understudy.training.job import Job
 from understudy.training.resume import determinants, digest_of
 from understudy.training.stopping import StopRequest
 
-__all__ = ["make_checkpoint_hook", "restore", "weights_directory"]
+__all__ = ["make_checkpoint_hook", "restore", "run_model"]
 
 
-def weights_directory(job: Job) -> Path:
-    """Where the run's first weights are: the model's own, or those of the checkpoint that it goes on from."""
-    return job.model_directory if job.resume is None else job.resume / MODEL
+def run_model(job: Job) -> Adapted:
+    """The model of the run, with its first weights: the model's own, or those of the checkpoint that it goes on from.
+    An adapter's base stays the model's own."""
+    resumed = None if job.resume is None else job.resume / MODEL
+    if job.adapter_directory is None:
+        return adapted_model(job.recipe, resumed or job.model_directory, None)
+    return adapted_model(job.recipe, job.model_directory, resumed or job.adapter_directory)
 
 
 def restore(job: Job, strategy: Strategy) -> TrainingState:
@@ -50,6 +56,7 @@ def make_checkpoint_hook(
     strategy: Strategy,
     world: World,
     *,
+    form: Form,
     buffers: Mapping[str, Tensor],
     write_companions: Callable[[Path], None],
     data_digest: str,
@@ -58,7 +65,8 @@ def make_checkpoint_hook(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> CheckpointHook:
-    """`buffers` are the model's persistent buffers; `write_companions` writes configuration and tokenizer."""
+    """`form` is of the weights, `buffers` are the model's persistent buffers; `write_companions` writes configuration
+    and tokenizer."""
     settings = job.recipe.checkpoint
     store = CheckpointStore(RunDirectory(job.run_directory).checkpoints)
     saver = CheckpointSaver(
@@ -68,6 +76,7 @@ def make_checkpoint_hook(
             keep=settings.keep,
             keep_best=settings.keep_best,
             background=settings.background,
+            form=form,
             buffers=buffers,
             write_companions=write_companions,
             token=job.token,

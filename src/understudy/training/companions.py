@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 from understudy.data.batching import prompt_and_answer
 from understudy.data.cache import TokenCache
 from understudy.errors import UserError
+from understudy.models.adapters.directory import SETTINGS
 from understudy.models.architecture import load_config
 from understudy.recipe import schema
 
@@ -30,6 +31,8 @@ class Companions:
     """The transformers tokenizer that training used, with its chat template."""
     code: tuple[Path, ...]
     """Modules of a model that ships its own; it does not load without them."""
+    adapter: Path | None
+    """The adapter directory that training began with, whose settings stand in place of the model's configuration."""
 
     @property
     def stops(self) -> frozenset[int]:
@@ -39,17 +42,24 @@ class Companions:
 
     def write(self, directory: Path, *, architecture: str, dtype: torch.dtype) -> None:
         """Writes all of it. `architecture` is the transformers class that loads the weights."""
-        self.config.architectures = [architecture]
-        self.config.dtype = str(dtype).removeprefix("torch.")
-        self.config.save_pretrained(directory)
+        if self.adapter is None:
+            self.config.architectures = [architecture]
+            self.config.dtype = str(dtype).removeprefix("torch.")
+            self.config.save_pretrained(directory)
+        else:
+            for name in SETTINGS:
+                if (self.adapter / name).is_file():
+                    shutil.copy(self.adapter / name, directory / name)
         self.generation.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         for source in self.code:
             shutil.copy(source, directory / source.name)
 
 
-def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, train: TokenCache) -> Companions:
-    """The companions of the model that is trained from `model_directory` on `train`.
+def make_companions(
+    model_directory: Path, model: schema.Model, tokenizer: Any, train: TokenCache, adapter: Path | None
+) -> Companions:
+    """The companions of the model that is trained from `model_directory` on `train`, or of an `adapter` of it.
 
     A model that was trained to end its turns with a token must stop there when it generates: to the model's own end
     tokens come the tokenizer's and those that training answers end with. A random model has no special tokens of its
@@ -69,7 +79,7 @@ def make_companions(model_directory: Path, model: schema.Model, tokenizer: Any, 
     if generation.pad_token_id is None:
         generation.pad_token_id = tokenizer.pad_token_id
     code = tuple(model_directory.glob("*.py")) if getattr(config, "auto_map", None) else ()
-    return Companions(config, generation, tokenizer, code)
+    return Companions(config, generation, tokenizer, () if adapter else code, adapter)
 
 
 def _stored_generation(model_directory: Path) -> GenerationConfig | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from understudy.checkpoint.export import save_model
+from understudy.checkpoint.form import Form
 from understudy.contracts import Strategy
 from understudy.data.cache import TokenCache
 from understudy.launch.run_directory import RunDirectory
@@ -42,6 +43,7 @@ def save_final_model(
     world: World,
     cache: TokenCache,
     *,
+    form: Form,
     buffers: Mapping[str, Tensor],
     write_companions: Callable[[Path], None],
     tokenizer: Any,
@@ -54,6 +56,7 @@ def save_final_model(
         RunDirectory(job.run_directory).unproven_model,
         rank=world.rank,
         world_size=world.size,
+        form=form,
         dtype=_saved_dtype(job),
         buffers=buffers,
         write_companions=write_companions,
@@ -68,6 +71,7 @@ def prove_final_model(job: Job, trained: Trained, console: Console) -> None:
         directory.unproven_model,
         documents=trained.documents,
         expected=trained.logits,
+        base=None if job.adapter_directory is None else job.model_directory,
         dtype=_saved_dtype(job),
         tokenizer=trained.tokenizer,
         trust_remote_code=job.recipe.model.trust_remote_code,

@@ -18,6 +18,7 @@ from understudy.checkpoint.deepspeed_directory import (
     match_names,
     open_deepspeed_checkpoint,
 )
+from understudy.checkpoint.form import OPTIMIZER_STATE, WHOLE_MODEL
 from understudy.checkpoint.plain_model import copy_companions
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saving import CheckpointPlan, commit_checkpoint, full_disk, write_part
@@ -119,7 +120,8 @@ def _plan(opened: DeepSpeedCheckpoint, theirs: dict[str, str]) -> CheckpointPlan
             optimizer.update({f"{name}.{key}": model[name] for key in MOMENTS})
             optimizer[f"{name}.step"] = TensorSpec((), torch.float32)
     return CheckpointPlan(
-        Shards("model", model, dict.fromkeys(model, 0)), Shards("optimizer", optimizer, dict.fromkeys(optimizer, 0))
+        Shards(WHOLE_MODEL, model, dict.fromkeys(model, 0)),
+        Shards(OPTIMIZER_STATE, optimizer, dict.fromkeys(optimizer, 0)),
     )
 
 

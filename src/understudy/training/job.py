@@ -22,6 +22,8 @@ class Job:
     run_directory: Path
     model_directory: Path
     """config.json and weights, random ones materialised."""
+    adapter_directory: Path | None
+    """The adapter's first values."""
     tokenizer_directory: Path
     train: Path
     """Entry of the token cache."""
@@ -44,6 +46,7 @@ def write_job(path: Path, job: Job) -> None:
         },
         "run_directory": str(job.run_directory),
         "model_directory": str(job.model_directory),
+        "adapter_directory": None if job.adapter_directory is None else str(job.adapter_directory),
         "tokenizer_directory": str(job.tokenizer_directory),
         "train": str(job.train),
         "evaluation": None if job.evaluation is None else str(job.evaluation),
@@ -62,6 +65,7 @@ def read_job(path: Path) -> Job:
         sources=SourceMap(sources["file"], sources["lines"], frozenset(sources["overridden"])),
         run_directory=Path(values["run_directory"]),
         model_directory=Path(values["model_directory"]),
+        adapter_directory=None if values["adapter_directory"] is None else Path(values["adapter_directory"]),
         tokenizer_directory=Path(values["tokenizer_directory"]),
         train=Path(values["train"]),
         evaluation=None if values["evaluation"] is None else Path(values["evaluation"]),

@@ -105,7 +105,7 @@ def compare_strategies(
         for index, (strategy, size) in enumerate(cases[1:], start=1):
             report(f"{strategy}: {steps} steps in {size} processes")
             run = _run(job, resolved[index][0], Path(scratch) / str(index), machine)
-            yield _difference(strategy, size, run, reference, job.model_directory), tolerance
+            yield _difference(strategy, size, run, reference, job.adapter_directory or job.model_directory), tolerance
 
 
 def _dropout(model: Path) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +14,12 @@ from understudy.checkpoint.safetensors_writer import spec_bytes
 from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache
 from understudy.data.prepare import prepare_data
-from understudy.devices.device import find_device
 from understudy.errors import UserError
-from understudy.models.build import make_language_model, open_weights
+from understudy.models.adapters.directory import is_adapter, read_base
+from understudy.models.identity import model_digest
 from understudy.models.initialization import materialize_random
-from understudy.models.language_model import LanguageModel
+from understudy.models.names import canonical_name
+from understudy.models.quantization.materialize import materialize_quantized
 from understudy.models.source import model_directory, tokenizer_directory
 from understudy.models.tokenizer import load_tokenizer
 from understudy.optim.optimizers.registry import make_optimizer
@@ -28,6 +29,8 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import prepare_strategy
+from understudy.training.adapting import Adapted, adapted_model, find_adapter, require_same_base
+from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
@@ -42,6 +45,8 @@ class Prepared:
     job: Job
     model_type: str
     parameters: int
+    trained: int
+    """Of the parameters."""
     model_bytes: int
     """Of the final model's weights on disk."""
     checkpoint_bytes: int
@@ -65,12 +70,15 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = tokenizer_directory(recipe.model)
     with sources.placing("model.path" if recipe.model.path else "model"):
-        directory = materialized_model(recipe)
-        model = make_language_model(directory, recipe.model, find_device())
-        open_weights(directory, model)
-    config = model.config.get_text_config()
+        original = materialized_model(recipe)
+        directory = quantized_model(recipe, original, report)
+        adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
+    with sources.placing("adapter"):
+        adapter = find_adapter(recipe, directory, original)
+        adapted = adapted_model(recipe, directory, adapter)
+    model, config = adapted.model, adapted.model.config.get_text_config()
     with sources.placing("optimizer"):
-        checkpoint_bytes = _checkpoint_bytes(model, recipe)
+        checkpoint_bytes = _checkpoint_bytes(adapted, recipe)
     with sources.placing("strategy"):
         prepare_strategy(recipe, report)
     data = prepare_data(
@@ -84,13 +92,14 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     train = TokenCache.open(data.train)
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
-    _read_companions(recipe, sources, directory, tokenizer, train)
+    _read_companions(recipe, sources, directory, tokenizer, train, adapter)
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
-        job=Job(recipe, sources, Path(recipe.output_dir), directory, tokenizer, data.train, data.evaluation),
+        job=Job(recipe, sources, Path(recipe.output_dir), directory, adapter, tokenizer, data.train, data.evaluation),
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        model_bytes=_model_bytes(model, precision_of(recipe.training.precision).compute),
+        trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+        model_bytes=_model_bytes(adapted, precision_of(recipe.training.precision).compute),
         checkpoint_bytes=checkpoint_bytes,
         data_digest=train.digest,
         examples=steps.examples_per_epoch,
@@ -99,23 +108,33 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     )
 
 
-def require_fit(recipe: Recipe, sources: SourceMap, checkpoint: Path, model_directory: Path) -> None:
-    """Raises `UserError` when the weights in `checkpoint` are not those of the recipe's model."""
-    model = make_language_model(model_directory, recipe.model, find_device())
+def require_fit(job: Job, checkpoint: Path) -> None:
+    """Raises `UserError` when the weights in `checkpoint` are not those of the job's model."""
+    sources, began = job.sources, job.adapter_directory
     try:
-        open_weights(checkpoint / MODEL, model)
+        if is_adapter(checkpoint / MODEL) != (began is not None):
+            what = "an adapter" if began is None else "a whole model"
+            raise UserError(f"it holds {what}.")
+        if began is not None and (base := read_base(began)) is not None:
+            require_same_base(checkpoint / MODEL, base.digest, "checkpoint.resume")
+        run_model(replace(job, resume=checkpoint))
     except UserError as error:
         raise sources.error("checkpoint.resume", f"{checkpoint} is of another model: {error.message}") from error
 
 
 def _read_companions(
-    recipe: Recipe, sources: SourceMap, directory: Path, tokenizer_directory: Path, train: TokenCache
+    recipe: Recipe,
+    sources: SourceMap,
+    directory: Path,
+    tokenizer_directory: Path,
+    train: TokenCache,
+    adapter: Path | None,
 ) -> None:
     """Reads what the processes will read again, so that damage there is refused before the run begins."""
     trust = recipe.model.trust_remote_code
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = load_tokenizer(tokenizer_directory, recipe.data.chat_template, trust_remote_code=trust)
-        make_companions(directory, recipe.model, tokenizer, train)
+        make_companions(directory, recipe.model, tokenizer, train, adapter)
 
 
 def materialized_model(recipe: Recipe) -> Path:
@@ -125,21 +144,42 @@ def materialized_model(recipe: Recipe) -> Path:
     return model_directory(recipe.model)
 
 
-def _model_bytes(model: LanguageModel, dtype: torch.dtype) -> int:
-    specs = (TensorSpec(tuple(parameter.shape), parameter.dtype) for parameter in model.parameters())
-    return sum(spec_bytes(stored_spec(spec, dtype)) for spec in specs)
+def quantized_model(recipe: Recipe, directory: Path, report: Callable[[str], None]) -> Path:
+    """The directory of the recipe's model as it is loaded: itself, or made of it once, quantized."""
+    if recipe.quantization is None:
+        return directory
+    cache = cache_directory()
+    return materialize_quantized(
+        directory, recipe.quantization, identity=model_digest(directory, cache), cache=cache, report=report
+    )
 
 
-def _checkpoint_bytes(model: LanguageModel, recipe: Recipe) -> int:
-    """Of master weights, and of optimizer state if all of them are trained. What an optimizer keeps of a parameter is
-    asked of the optimizer itself, on a small one."""
+def _model_bytes(adapted: Adapted, dtype: torch.dtype) -> int:
+    return sum(
+        spec_bytes(spec)
+        for name, parameter in _saved(adapted)
+        for spec in adapted.form.specs(
+            name, stored_spec(TensorSpec(tuple(parameter.shape), parameter.dtype), dtype)
+        ).values()
+    )
+
+
+def _saved(adapted: Adapted) -> list[tuple[str, torch.nn.Parameter]]:
+    named = [(canonical_name(name), parameter) for name, parameter in adapted.model.named_parameters()]
+    return [(name, parameter) for name, parameter in named if adapted.form.keeps(name)]
+
+
+def _checkpoint_bytes(adapted: Adapted, recipe: Recipe) -> int:
+    """Of master weights, and of the optimizer state of those that are trained. What an optimizer keeps of a parameter
+    is asked of the optimizer itself, on a small one."""
     dtype = precision_of(recipe.training.precision).weights
     matrix = torch.nn.Parameter(torch.ones(64, 128, dtype=dtype))
     optimizer = make_optimizer(recipe.optimizer, [("layers.0.mlp.weight", matrix)], fused=False)
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
     kept = sum(value.nbytes for value in kept_state(optimizer, matrix).values()) / matrix.numel()
-    return _model_bytes(model, dtype) + round(kept * sum(parameter.numel() for parameter in model.parameters()))
+    trained = sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
+    return _model_bytes(adapted, dtype) + round(kept * trained)
 
 
 def _refuse_longer_documents(limit: int | None, caches: Sequence[TokenCache], sources: SourceMap) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.checkpoint.reloading import UnloadableModelError, reload_model, reload_tokenizer
+from understudy.checkpoint.reloading import UnloadableModelError, reload_adapter, reload_model, reload_tokenizer
 from understudy.contracts import IGNORED, Batch, Strategy
 from understudy.errors import UnderstudyError
 
@@ -46,17 +46,21 @@ def prove_model(
     *,
     documents: Sequence[Tensor],
     expected: Tensor,
+    base: Path | None,
     dtype: torch.dtype,
     tokenizer: Any,
     trust_remote_code: bool,
 ) -> Proof:
     """Loads `directory` as anybody would, on the CPU, and compares its logits for each document alone with `expected`.
+    Of an adapter, `base` is the model that it belongs to.
 
     Raises `UnprovenModelError` when weights are missing, left over or of another shape, when the chat template or the
     tokens of a text changed, or when logits differ by more than the dtype's tolerance. No collective.
     """
     try:
-        model = reload_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = reload_model(base or directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        if base is not None:
+            model = reload_adapter(model, directory)
         reloaded = reload_tokenizer(directory, trust_remote_code=trust_remote_code)
     except UnloadableModelError as error:
         raise UnprovenModelError(f"the model saved in {directory} {error.message}") from error

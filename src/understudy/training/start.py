@@ -143,7 +143,7 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
         say=say,
     )
     if found is not None:
-        require_fit(recipe, sources, found.checkpoint, prepared.job.model_directory)
+        require_fit(prepared.job, found.checkpoint)
     # Where a run goes on, its checkpoints are on the disk, and leave it as others come.
     checkpoints = 1 if claim.may_go_on else most_checkpoints(recipe.checkpoint, prepared.steps)
     needed = prepared.model_bytes + checkpoints * prepared.checkpoint_bytes + SMALL_FILES_BYTES
@@ -208,12 +208,19 @@ def opening_lines(prepared: Prepared) -> str:
             f"{recipe.name}: {prepared.job.sources.file} → {recipe.output_dir}",
             f"strategy {_strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
             + ("process" if processes == 1 else "processes"),
-            f"model {prepared.model_type}, {prepared.parameters:,} parameters",
+            f"model {prepared.model_type}, {prepared.parameters:,} parameters{_trained_part(prepared)}",
             f"data {prepared.examples:,} examples an epoch{evaluation}; {prepared.steps:,} steps of "
             f"{recipe.training.global_batch_size} examples",
             *([f"going on from {resume} (step {prepared.resumed_step:,})"] if (resume := prepared.job.resume) else []),
         ]
     )
+
+
+def _trained_part(prepared: Prepared) -> str:
+    if (adapter := prepared.job.recipe.adapter) is None:
+        return ""
+    share = prepared.trained / prepared.parameters
+    return f", of which {adapter.kind} trains {prepared.trained:,} ({share:.2%})"
 
 
 def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:

@@ -19,9 +19,7 @@ from understudy.devices.device import Device, find_device
 from understudy.launch.cause import Cause, write_cause
 from understudy.launch.parent import die_with_parent
 from understudy.launch.run_directory import RunDirectory
-from understudy.models.build import make_language_model, open_weights
 from understudy.models.isolation import check_isolation
-from understudy.models.language_model import LanguageModel
 from understudy.models.tokenizer import load_tokenizer
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
@@ -36,7 +34,8 @@ from understudy.recipe.environment import (
 from understudy.recipe.schema import Recipe
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import make_strategy
-from understudy.training.checkpoint_setup import make_checkpoint_hook, restore, weights_directory
+from understudy.training.adapting import Adapted
+from understudy.training.checkpoint_setup import make_checkpoint_hook, restore, run_model
 from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
@@ -115,16 +114,18 @@ def _train_and_save(
 ) -> Trained:
     recipe, directory = job.recipe, RunDirectory(job.run_directory)
     torch.use_deterministic_algorithms(recipe.training.deterministic)
-    model = make_language_model(job.model_directory, recipe.model, device)
-    # Copies: strategies move and replace the module's own.
-    buffers = {name: buffer.clone() for name, buffer in model.persistent_buffers().items()}
-    strategy = _loaded_strategy(job, model, device, torch_device, world)
+    adapted = run_model(job)
+    model, form = adapted.model, adapted.form
+    # Copies: strategies move and replace the module's own. An adapter is saved without its base's.
+    kept = model.persistent_buffers() if form.keeps_buffers else {}
+    buffers = {name: buffer.clone() for name, buffer in kept.items()}
+    strategy = _loaded_strategy(job, adapted, device, torch_device, world)
     state = restore(job, strategy)
     tokenizer = load_tokenizer(
         job.tokenizer_directory, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
     )
     cache = TokenCache.open(job.train)
-    companions = make_companions(job.model_directory, recipe.model, tokenizer, cache)
+    companions = make_companions(job.model_directory, recipe.model, tokenizer, cache, job.adapter_directory)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
@@ -135,6 +136,7 @@ def _train_and_save(
                 job,
                 strategy,
                 world,
+                form=form,
                 buffers=buffers,
                 write_companions=partial(companions.write, architecture=architecture, dtype=precision.weights),
                 data_digest=cache.digest,
@@ -167,17 +169,15 @@ def _train_and_save(
         strategy,
         world,
         cache,
+        form=form,
         buffers=buffers,
         write_companions=partial(companions.write, architecture=architecture, dtype=precision.compute),
         tokenizer=tokenizer,
     )
 
 
-def _loaded_strategy(
-    job: Job, model: LanguageModel, device: Device, torch_device: torch.device, world: World
-) -> Strategy:
-    recipe = job.recipe
-    weights = open_weights(weights_directory(job), model)
+def _loaded_strategy(job: Job, adapted: Adapted, device: Device, torch_device: torch.device, world: World) -> Strategy:
+    recipe, model = job.recipe, adapted.model
     if recipe.training.activation_checkpointing in ("full", "selective"):
         model.enable_activation_checkpointing(recipe.training.activation_checkpointing)
     if recipe.training.compile:
@@ -185,7 +185,7 @@ def _loaded_strategy(
     strategy = make_strategy(recipe, torch_device, world)
     with job.sources.placing("strategy"):
         strategy.build(lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw))
-    strategy.load_state(weights)
+    strategy.load_state(adapted.read)
     compute = precision_of(recipe.training.precision).compute
     with job.sources.placing("model.path" if recipe.model.path else "model"):
         check_isolation(strategy.logits, model.config.get_text_config().vocab_size, torch_device, compute)

@@ -23,7 +23,7 @@ _SMALLEST_VARIANCE = 1e-30
 def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
-    return Adafactor(decay_groups(named_parameters, optimizer.weight_decay), lr=optimizer.learning_rate)
+    return Adafactor(decay_groups(named_parameters, optimizer), lr=optimizer.learning_rate)
 
 
 class Adafactor(PerParameterOptimizer):

@@ -17,7 +17,7 @@ def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
     return torch.optim.AdamW(
-        decay_groups(named_parameters, optimizer.weight_decay),
+        decay_groups(named_parameters, optimizer),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.eps,

@@ -29,7 +29,7 @@ def make(
     """Under FSDP and ZeRO the blocks are those of each rank's part, so runs at different world sizes agree to the
     quantisation's accuracy only. So does a checkpoint that goes on where blocks lie elsewhere; where they lie as they
     did, it goes on exactly."""
-    groups = decay_groups(named_parameters, optimizer.weight_decay)
+    groups = decay_groups(named_parameters, optimizer)
     sizes = [[parameter.numel() for parameter in group["params"]] for group in groups]
     return over_local_shards(groups, lambda shards: _adamw_8bit(optimizer, shards, sizes))
 

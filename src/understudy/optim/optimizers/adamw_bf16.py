@@ -21,9 +21,7 @@ def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
     settings = {"lr": optimizer.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
-    return over_local_shards(
-        decay_groups(named_parameters, optimizer.weight_decay), lambda groups: KahanAdamW(groups, settings)
-    )
+    return over_local_shards(decay_groups(named_parameters, optimizer), lambda groups: KahanAdamW(groups, settings))
 
 
 class KahanAdamW(ElementwiseOptimizer):

@@ -20,9 +20,7 @@ def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
     settings = {"lr": optimizer.learning_rate, "betas": optimizer.betas}
-    return over_local_shards(
-        decay_groups(named_parameters, optimizer.weight_decay), lambda groups: Lion(groups, settings)
-    )
+    return over_local_shards(decay_groups(named_parameters, optimizer), lambda groups: Lion(groups, settings))
 
 
 class Lion(ElementwiseOptimizer):

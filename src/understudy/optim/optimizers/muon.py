@@ -23,8 +23,8 @@ def make(
     matrices = [(name, parameter) for name, parameter in named_parameters if is_hidden_matrix(name, parameter)]
     others = [(name, parameter) for name, parameter in named_parameters if not is_hidden_matrix(name, parameter)]
     return MuonAdamW(
-        decay_groups(matrices, optimizer.weight_decay),
-        decay_groups(others, optimizer.weight_decay),
+        decay_groups(matrices, optimizer),
+        decay_groups(others, optimizer),
         lr=optimizer.learning_rate,
         betas=optimizer.betas,
         eps=optimizer.eps,

@@ -20,9 +20,7 @@ def make(
     optimizer: Optimizer, named_parameters: Sequence[tuple[str, nn.Parameter]], *, fused: bool
 ) -> torch.optim.Optimizer:
     settings = {"lr": optimizer.learning_rate, "momentum": optimizer.momentum}
-    return over_local_shards(
-        decay_groups(named_parameters, optimizer.weight_decay), lambda groups: SGD(groups, settings)
-    )
+    return over_local_shards(decay_groups(named_parameters, optimizer), lambda groups: SGD(groups, settings))
 
 
 class SGD(ElementwiseOptimizer):

@@ -1,0 +1,21 @@
+"""Canonical parameter names: what `transformers` and `peft` call a weight, whatever has wrapped the module since."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["canonical_name"]
+
+_WRAPPERS = re.compile(r"^(?:module\.)?network\.|_orig_mod\.|_checkpoint_wrapped_module\.")
+_PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
+# A layer that an adapter was put around, by LoRA and its kin and by LLaMA-Adapter.
+_ADAPTED = re.compile(r"\.base_layer(?=\.)|(?<=attn)\.model(?=\.)")
+# In memory the adapter's own parameters carry its name, and a magnitude is a layer; in peft's files neither is so.
+_ADAPTER = re.compile(r"\.(lora_\w+|ia3_l|vera_lambda_\w)\.default\b")
+_MAGNITUDE = re.compile(r"(\.lora_magnitude_vector)\.weight$")
+
+
+def canonical_name(name: str) -> str:
+    """`module.network.lm_head.parametrizations.weight.original` becomes `lm_head.weight`."""
+    plain = _PARAMETRIZED.sub(r"\1", _WRAPPERS.sub("", name))
+    return _MAGNITUDE.sub(r"\1", _ADAPTER.sub(r".\1", _ADAPTED.sub("", plain)))
