@@ -65,10 +65,14 @@ def prove_model(
     except UnloadableModelError as error:
         raise UnprovenModelError(f"the model saved in {directory} {error.message}") from error
     _compare_tokenizers(directory, reloaded, tokenizer, documents)
-    with torch.no_grad():
-        logits = torch.cat([model.eval()(input_ids=tokens.unsqueeze(0)).logits[0].float() for tokens in documents])
+    quantized = getattr(model, "is_quantized", False)
+    if quantized:
+        # Else bitsandbytes takes a kernel for inference, which rounds to bf16 whatever it is given.
+        model.enable_input_require_grads()
+    with torch.set_grad_enabled(quantized):
+        logits = [model.eval()(input_ids=tokens.unsqueeze(0)).logits[0].detach().float() for tokens in documents]
     scale = float(expected.abs().max())
-    proof = Proof(float((logits - expected).abs().max()) / scale, TOLERANCES[dtype], len(expected))
+    proof = Proof(float((torch.cat(logits) - expected).abs().max()) / scale, TOLERANCES[dtype], len(expected))
     if not proof.difference <= proof.tolerance:  # NaN is no proof either
         raise UnprovenModelError(
             f"the model saved in {directory} loads, but its logits differ from the trained model's by "
