@@ -115,6 +115,38 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         [{"checkpoint.resume": "never"}, {"checkpoint.resume": "runs/a/checkpoints/step-00000010"}],
     ),
     (
+        "quantized_weights_are_frozen",
+        [
+            ("quantization", {"quantization": {"bits": 4}}),
+            ("quantization", {"quantization": {"bits": 8}, "adapter": "freeze"}),
+        ],
+        [{"quantization": {"bits": 4}, "adapter": "lora"}, {"adapter": "freeze"}],
+    ),
+    (
+        "eight_bits_have_no_type",
+        [
+            ("quantization.type", {"quantization": {"bits": 8, "type": "nf4"}, "adapter": "lora"}),
+            ("quantization.double", {"quantization": {"bits": 8, "double": False}, "adapter": "lora"}),
+        ],
+        [
+            {"quantization": {"bits": 4, "type": "fp4", "double": False}, "adapter": "ia3"},
+            {"quantization": {"bits": 8}, "adapter": "lora"},
+        ],
+    ),
+    (
+        "a_residual_is_of_whole_weights",
+        [("adapter.init", {"quantization": {"bits": 8}, "adapter": {"kind": "lora", "init": "pissa"}})],
+        [
+            {"adapter": {"kind": "dora", "init": "olora"}},
+            {"quantization": {"bits": 8}, "adapter": {"kind": "lora", "init": "gaussian"}},
+        ],
+    ),
+    (
+        "lora_plus_is_of_lora",
+        [("optimizer.lora_plus_ratio", {"optimizer.lora_plus_ratio": 16.0, "adapter": "ia3"})],
+        [{"optimizer.lora_plus_ratio": 16.0, "adapter": "lora"}, {"optimizer.lora_plus_ratio": 1.0}],
+    ),
+    (
         "a_run_has_one_length",
         [("training.max_steps", {"training.max_steps": 3, "training.epochs": 3})],
         [{"training.max_steps": 3}, {"training.epochs": 1}],

@@ -9,7 +9,10 @@ from pydantic import Field
 
 from understudy.recipe.section import Count, Decay, Section
 
-__all__ = ["IA3", "Adapter", "Freeze", "LlamaAdapter", "LoRA", "PeftAdapter", "PromptTuning", "VeRA"]
+__all__ = ["IA3", "RESIDUAL", "Adapter", "Freeze", "LlamaAdapter", "LoRA", "PeftAdapter", "PromptTuning", "VeRA"]
+
+RESIDUAL = ("pissa", "olora")
+"""Beginnings of LoRA that take a part out of each weight."""
 
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1, strict=False)]
 LayerNumbers = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1, strict=False)]
@@ -86,7 +89,7 @@ class Freeze(Section):
     kind: Literal["freeze"] = "freeze"
     """Trains a part of the model's own parameters, and leaves the others as they are."""
     last_layers: Count | None = None
-    """Train the last so many decoder layers."""
+    """Train the last so many decoder layers; 2 where `parameters` is left out too."""
     parameters: Names | None = None
     """Train the parameters whose names one of these regular expressions is found in."""
 

@@ -107,7 +107,13 @@ def _resolve_beside(values: dict[str, Any], directory: Path) -> None:
 
 def _path_fields(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     sections = {name: section for name, section in values.items() if isinstance(section, dict)}
-    for section, name in (("model", "path"), ("model", "tokenizer"), ("data", "chat_template"), ("strategy", "config")):
+    for section, name in (
+        ("model", "path"),
+        ("model", "tokenizer"),
+        ("data", "chat_template"),
+        ("strategy", "config"),
+        ("adapter", "path"),
+    ):
         if section in sections:
             yield sections[section], name
     data = sections.get("data", {})

@@ -19,9 +19,10 @@ from understudy.recipe.source_map import SourceMap
 
 __all__ = ["Resumption", "choose_checkpoint", "determinants", "digest_of", "require_place"]
 
-DETERMINING = ("model", "objective", "optimizer", "schedule", "training", "data.train")
+DETERMINING = ("model", "objective", "adapter", "quantization", "optimizer", "schedule", "training", "data.train")
 """What of a recipe determines the course of training; strategy, processes, logging and the like do not."""
 NOT_DETERMINING = (
+    "adapter.path",  # what it gave is in the checkpoint
     "model.attention",
     "model.tokenizer",  # the digest of the prepared data tells
     "model.trust_remote_code",
@@ -48,6 +49,9 @@ def determinants(recipe: Recipe) -> dict[str, Any]:
     if flat["model.path"] is not None:
         # Its weights are the checkpoint's by now; another name means another model, another place does not.
         flat["model.path"] = PurePath(flat["model.path"]).name
+    # Sections that may be absent, so that to add one is a change too.
+    flat |= {} if recipe.adapter else {"adapter.kind": None}
+    flat |= {} if recipe.quantization else {"quantization.bits": None}
     return {key: value for key, value in flat.items() if _determines(key)}
 
 

@@ -11,19 +11,21 @@ from understudy.recipe.adapters import Freeze
 
 __all__ = ["freeze"]
 
+DEFAULT_LAYERS = 2
+
 
 def freeze(model: LanguageModel, settings: Freeze) -> None:
     """Leaves `requires_grad` with the parameters that `settings` names: those of the last decoder layers and those that
     a regular expression is found in the canonical name of. Raises `UserError` when one names nothing."""
     trained: set[int] = set()
-    if settings.last_layers is not None:
-        layers = model.decoder_layers()
-        if settings.last_layers > len(layers):
-            raise UserError(
-                f"`adapter.last_layers` is {settings.last_layers}, and the model has {len(layers)} layers.",
-                key="adapter.last_layers",
-            )
-        trained |= {id(p) for layer in layers[-settings.last_layers :] for p in layer.parameters()}
+    last = settings.last_layers or (DEFAULT_LAYERS if settings.parameters is None else 0)
+    layers = model.decoder_layers()
+    if last > len(layers):
+        raise UserError(
+            f"the last {last} layers are to be trained (`adapter.last_layers`), and the model has {len(layers)}.",
+            key="adapter.last_layers",
+        )
+    trained |= {id(parameter) for layer in layers[len(layers) - last :] for parameter in layer.parameters()}
     named = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     for expression in settings.parameters or ():
         found = {id(parameter) for name, parameter in named.items() if _compiled(expression).search(name)}
