@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from benchmarks.process import fresh_peak, peak_bytes
+from understudy.checkpoint.form import WHOLE_MODEL
 from understudy.checkpoint.loading import open_optimizer_state
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
@@ -71,6 +72,7 @@ class Subject:
             keep=1,
             keep_best=False,
             background=background,
+            form=WHOLE_MODEL,
             buffers={},
             write_companions=lambda directory: shutil.copy(self.model / "config.json", directory),
             token="bench",

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tests.crash_states import CrashState, tracing
 from understudy.checkpoint import saving
+from understudy.checkpoint.form import OPTIMIZER_STATE, WHOLE_MODEL, Form
 from understudy.checkpoint.loading import open_optimizer_state
 from understudy.checkpoint.manifest import MARKER, DamagedCheckpointError
-from understudy.checkpoint.ownership import assign_owners
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
 from understudy.checkpoint.saving import CheckpointPlan
@@ -87,7 +87,7 @@ def completeness_problems(scratch: Path) -> list[str]:
     store = CheckpointStore(scratch / "checkpoints")
     weights, state = _weights(3), _optimizer_state(3)
     buffers = {"model.buffer": torch.arange(5.0)}
-    plan = CheckpointPlan(_shards("model", weights, 2), _shards("optimizer", state, 2))
+    plan = CheckpointPlan(_shards(WHOLE_MODEL, weights, 2), _shards(OPTIMIZER_STATE, state, 2))
     partial = store.partial(3, "token")
     store.begin(partial)
     committed: list[Path] = []
@@ -219,8 +219,8 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-def _shards(stem: str, tensors: Mapping[str, Tensor], ranks: int) -> Shards:
-    return Shards(stem, _layout(tensors), assign_owners(_layout(tensors), ranks))
+def _shards(form: Form, tensors: Mapping[str, Tensor], ranks: int) -> Shards:
+    return Shards.of(form, _layout(tensors), ranks)
 
 
 def _progress(step: int) -> Progress:
@@ -238,6 +238,7 @@ def _settings(
     return SaveSettings(
         store=store,
         keep_best=False,
+        form=WHOLE_MODEL,
         buffers={},
         write_companions=write_companions,
         token="token",

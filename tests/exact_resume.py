@@ -27,7 +27,6 @@ from understudy.data.cache import TokenCache
 from understudy.devices.cpu import CPU
 from understudy.errors import StoppedError
 from understudy.launch.run_claim import claim_run_directory
-from understudy.models.build import make_language_model, open_weights
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.optim.schedules import make_schedule
@@ -165,6 +164,7 @@ class _Scene:
                 sources=SOURCES,
                 run_directory=claim.directory.path,
                 model_directory=self.model,
+                adapter_directory=None,
                 tokenizer_directory=self.model,
                 train=self.root / "cache",
                 evaluation=None,
@@ -177,11 +177,10 @@ class _Scene:
 
     def _train(self, job: Job, course: _Course, stop: StopRequest, *, interrupt_at: int | None, lost: bool) -> None:
         recipe = job.recipe
-        model = make_language_model(job.model_directory, recipe.model, CPU())
-        weights = open_weights(checkpoint_setup.weights_directory(job), model)
+        adapted = checkpoint_setup.run_model(job)
         strategy = make_strategy(recipe, torch.device("cpu"), WORLD)
-        strategy.build(lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=True))
-        strategy.load_state(weights)
+        strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=True))
+        strategy.load_state(adapted.read)
         state = checkpoint_setup.restore(job, strategy)
         if job.resume is not None:
             course.went_on_from.append(_snapshot(strategy, state))
@@ -192,6 +191,7 @@ class _Scene:
             job,
             strategy,
             WORLD,
+            form=adapted.form,
             buffers={},
             write_companions=lambda directory: None,
             data_digest=self.cache.digest,

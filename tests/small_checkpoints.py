@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from tests.distributed.small_run import write_tokenizer
-from understudy.checkpoint.ownership import assign_owners
+from understudy.checkpoint.form import OPTIMIZER_STATE, WHOLE_MODEL, Form
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saving import CheckpointPlan, commit_checkpoint, write_part
 from understudy.checkpoint.shards import Shards
@@ -74,7 +74,7 @@ def write_checkpoint(store: CheckpointStore, step: int, eval_loss: float | None 
     moments = {
         f"{name}.{key}": tensor + len(key) for name, tensor in weights.items() for key in ("exp_avg", "exp_avg_sq")
     }
-    plan = CheckpointPlan(_shards("model", weights), _shards("optimizer", moments))
+    plan = CheckpointPlan(_shards(WHOLE_MODEL, weights), _shards(OPTIMIZER_STATE, moments))
     partial = store.partial(step, "token")
     store.begin(partial)
     for rank in range(RANKS):
@@ -91,9 +91,9 @@ def write_checkpoint(store: CheckpointStore, step: int, eval_loss: float | None 
     )
 
 
-def _shards(stem: str, tensors: dict[str, Tensor]) -> Shards:
+def _shards(form: Form, tensors: dict[str, Tensor]) -> Shards:
     layout = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    return Shards(stem, layout, assign_owners(layout, RANKS))
+    return Shards.of(form, layout, RANKS)
 
 
 def _owned(shards: Shards, tensors: dict[str, Tensor], rank: int) -> list[tuple[str, Tensor]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tests.distributed import scenario
+from understudy.checkpoint.form import WHOLE_MODEL
 from understudy.checkpoint.loading import open_optimizer_state
 from understudy.checkpoint.progress import Progress, read_progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
@@ -59,6 +60,7 @@ def save_and_go_on(case: dict[str, Any], world: World) -> dict[str, Any]:
         keep=1,
         keep_best=False,
         background=case["background"],
+        form=WHOLE_MODEL,
         buffers={},
         write_companions=lambda directory: shutil.copy(model / "config.json", directory),
         token="test",

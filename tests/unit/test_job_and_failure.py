@@ -35,7 +35,9 @@ RECIPE = Recipe.model_validate(
 @pytest.mark.parametrize("evaluation", [None, Path("cache/e")])
 def test_a_job_is_read_back_as_it_was_written(tmp_path: Path, evaluation: Path | None) -> None:
     sources = SourceMap("recipe.yaml", {"model.path": 3}, frozenset({"optimizer.kind"}))
-    job = Job(RECIPE, sources, Path("run"), Path("model"), Path("tokenizer"), Path("cache/t"), evaluation)
+    job = Job(
+        RECIPE, sources, Path("run"), Path("model"), Path("adapter"), Path("tokenizer"), Path("cache/t"), evaluation
+    )
     write_job(tmp_path / "job.json", job)
     assert read_job(tmp_path / "job.json") == job
 

@@ -271,13 +271,23 @@ def test_an_optimizer_goes_on_from_its_state_dict(kind: str) -> None:
 def test_matrices_decay_and_norms_biases_and_frozen_parameters_do_not() -> None:
     matrix, norm, frozen = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, 2))
     frozen.requires_grad_(False)
-    groups = decay_groups([("w", matrix), ("norm", norm), ("frozen", frozen)], 0.1)
-    assert groups == [{"params": [matrix], "weight_decay": 0.1}, {"params": [norm], "weight_decay": 0.0}]
-    assert decay_groups([("norm", norm)], 0.1) == [{"params": [norm], "weight_decay": 0.0}]
+    settings = Optimizer(weight_decay=0.1)
+    groups = decay_groups([("w", matrix), ("norm", norm), ("frozen", frozen)], settings)
+    undecayed = {"params": [norm], "weight_decay": 0.0, "lr_scale": 1.0}
+    assert groups == [{"params": [matrix], "weight_decay": 0.1, "lr_scale": 1.0}, undecayed]
+    assert decay_groups([("norm", norm)], settings) == [undecayed]
+
+
+def test_lora_plus_scales_the_learning_rate_of_b_matrices_alone() -> None:
+    names = ("model.layers.0.q_proj.lora_A.weight", "model.layers.0.q_proj.lora_B.weight", "model.embed_tokens.weight")
+    a, b, embedding = (nn.Parameter(torch.ones(2, 2)) for _ in names)
+    groups = decay_groups(zip(names, (a, b, embedding)), Optimizer(weight_decay=0.1, lora_plus_ratio=16.0))
+    assert [(group["params"], group["lr_scale"]) for group in groups] == [([a, embedding], 1.0), ([b], 16.0)]
+    assert {group["weight_decay"] for group in groups} == {0.1}
 
 
 def test_a_partitioned_parameter_counts_with_its_whole_shape() -> None:
     partitioned = nn.Parameter(torch.empty(0))
     partitioned.ds_shape = torch.Size([8, 4])
     assert ndim(partitioned) == 2
-    assert decay_groups([("w", partitioned)], 0.1)[0]["weight_decay"] == 0.1
+    assert decay_groups([("w", partitioned)], Optimizer(weight_decay=0.1))[0]["weight_decay"] == 0.1

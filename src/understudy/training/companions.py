@@ -57,7 +57,7 @@ class Companions:
 
 
 def make_companions(
-    model_directory: Path, model: schema.Model, tokenizer: Any, train: TokenCache, adapter: Path | None
+    model_directory: Path, model: schema.Model, tokenizer: Any, train: TokenCache, adapter: Path | None = None
 ) -> Companions:
     """The companions of the model that is trained from `model_directory` on `train`, or of an `adapter` of it.
 

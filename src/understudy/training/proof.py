@@ -46,7 +46,7 @@ def prove_model(
     *,
     documents: Sequence[Tensor],
     expected: Tensor,
-    base: Path | None,
+    base: Path | None = None,
     dtype: torch.dtype,
     tokenizer: Any,
     trust_remote_code: bool,
