@@ -82,6 +82,14 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         [{"model": {"path": "m", "revision": "main"}}],
     ),
     (
+        "new_tokens_are_different_words",
+        [
+            ("model.new_tokens", {"model": {"path": "m", "new_tokens": ["<a>", "<b>", "<a>"]}}),
+            ("model.new_tokens", {"model": {"path": "m", "new_tokens": [" "]}}),
+        ],
+        [{"model": {"path": "m", "new_tokens": ["<a>", "<A>"]}}],
+    ),
+    (
         "every_source_has_a_path",
         [
             ("data.train.0.path", {"data.train": [{"path": ""}]}),

@@ -32,16 +32,23 @@ UNBUILDABLE = (
 
 
 def load_config(directory: Path, model: schema.Model) -> PreTrainedConfig:
-    """The configuration in `directory`/config.json with `model.config` laid over it."""
-    stored = read_config_file(directory)
+    """The configuration in `directory`/config.json with `model.config` laid over it. A vocabulary that
+    `model.new_tokens` made larger than `model.config` says stays so."""
+    stored, overrides = read_config_file(directory), dict(model.config)
+    if model.new_tokens and _is_smaller(overrides.get("vocab_size"), stored.get("vocab_size")):
+        del overrides["vocab_size"]
     own_code = stored.get("auto_map")
     if isinstance(own_code, dict) and "AutoConfig" in own_code and model.trust_remote_code:
         try:
             kind = type(AutoConfig.from_pretrained(directory, trust_remote_code=True))
-            return kind.from_dict({**stored, **model.config})
+            return kind.from_dict({**stored, **overrides})
         except (StrictDataclassError, OSError, ImportError, *UNBUILDABLE) as error:
-            raise invalid_config(str(stored.get("model_type")), model.config, error) from error
-    return make_config(stored, model.config)
+            raise invalid_config(str(stored.get("model_type")), overrides, error) from error
+    return make_config(stored, overrides)
+
+
+def _is_smaller(size: Any, other: Any) -> bool:
+    return isinstance(size, int) and isinstance(other, int) and size < other
 
 
 def make_config(stored: dict[str, Any], overrides: dict[str, Any]) -> PreTrainedConfig:

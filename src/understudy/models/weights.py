@@ -13,7 +13,11 @@ from torch import Tensor
 
 from understudy.errors import UserError
 
-__all__ = ["WeightReader"]
+__all__ = ["NEW_ROWS", "StoredTensor", "WeightReader", "stored_files"]
+
+NEW_ROWS = "new_rows/rows.safetensors"
+"""In a model directory whose vocabulary has grown: by stored name, what follows the stored rows, each time the same;
+`vocabulary` in the metadata is the number of rows that they come to."""
 
 _DTYPES = {
     "F64": torch.float64,
@@ -35,7 +39,7 @@ class StoredTensor:
     """One tensor of a safetensors file, a `LazyTensor`."""
 
     def __init__(self, handle: Any, key: str) -> None:
-        self._handle, self._key = handle, key
+        self._handle, self.key = handle, key
         self._slice = handle.get_slice(key)
 
     @property
@@ -49,8 +53,29 @@ class StoredTensor:
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
         whole = not self.shape or index in (slice(None), ())
-        part: Tensor = self._handle.get_tensor(self._key) if whole else self._slice[index]
+        part: Tensor = self._handle.get_tensor(self.key) if whole else self._slice[index]
         return part
+
+
+class GrownTensor(StoredTensor):
+    """A stored tensor with `row` (of its shape but for the first dimension) behind it, until it has `length` rows."""
+
+    def __init__(self, handle: Any, key: str, row: Tensor, length: int) -> None:
+        super().__init__(handle, key)
+        self._row, self._length = row, length
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self._length, *super().shape[1:])
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
+        rows, *columns = (*(index if isinstance(index, tuple) else (index,)), slice(None))[: max(1, len(self.shape))]
+        start, stop, step = rows.indices(self._length)
+        assert step == 1, "parts are contiguous"
+        held, stop = super().shape[0], max(start, stop)
+        stored = super().__getitem__((slice(min(start, held), min(stop, held)), *columns))
+        row = self._row[tuple(columns)]
+        return torch.cat([stored, row.expand(max(stop, held) - max(start, held), *row.shape)])
 
 
 class WeightReader:
@@ -59,7 +84,7 @@ class WeightReader:
     A name is looked up as it is, then under `aliases` (tied weights: any of them may be the one stored), then with its
     first component removed or a base model's prefix added (checkpoints saved from the base model, or the reverse).
     `renamed` maps names on disk to names in the model, for architectures whose checkpoints name things differently;
-    `only` names the one file to read.
+    `only` names the one file to read. A directory with `NEW_ROWS` gives the tensors named there longer than stored.
     Raises `UserError` for a directory without readable safetensors. Files stay open as long as the reader lives.
     """
 
@@ -80,6 +105,12 @@ class WeightReader:
             for key in self._open(file).keys():  # noqa: SIM118  # the handle is no mapping
                 name = (renamed or {}).get(key, key)
                 self._files[name], self._keys[name] = file, key
+        self._new_rows: dict[str, Tensor] = {}
+        self._vocabulary = 0
+        if only is None and (directory / NEW_ROWS).is_file():
+            grown = self._open(directory / NEW_ROWS)
+            self._vocabulary = int(grown.metadata()["vocabulary"])
+            self._new_rows = {key: grown.get_tensor(key) for key in grown.keys()}  # noqa: SIM118  # no mapping
 
     def names(self) -> set[str]:
         """Every stored tensor's name, as the model calls it."""
@@ -89,7 +120,10 @@ class WeightReader:
         found = self._find(name)
         if found is None:
             raise UserError(f"{self.directory} has no weight {name}.")
-        return StoredTensor(self._handles[self._files[found]], self._keys[found])
+        handle, key = self._handles[self._files[found]], self._keys[found]
+        if key in self._new_rows:
+            return GrownTensor(handle, key, self._new_rows[key], self._vocabulary)
+        return StoredTensor(handle, key)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._find(name) is not None

@@ -129,6 +129,15 @@ def a_revision_is_of_something_on_the_hub(recipe: Recipe) -> Violations:
 
 
 @rule
+def new_tokens_are_different_words(recipe: Recipe) -> Violations:
+    tokens = recipe.model.new_tokens
+    if any(not token.strip() for token in tokens):
+        yield "model.new_tokens", "`model.new_tokens` names a token of white space only; remove it."
+    if twice := [token for number, token in enumerate(tokens) if token in tokens[:number]]:
+        yield "model.new_tokens", f"`model.new_tokens` names {twice[0]!r:.60} twice; remove one of them."
+
+
+@rule
 def every_source_has_a_path(recipe: Recipe) -> Violations:
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval or ())):
         for number, source in enumerate(sources):

@@ -84,6 +84,7 @@ def find_adapter(recipe: Recipe, model_directory: Path, original: Path) -> Path 
         open_weights(model_directory, model),
         base,
         seed=recipe.training.seed,
+        vocabulary=model.config.get_text_config().vocab_size,
         cache=cache_directory(),
     )
 

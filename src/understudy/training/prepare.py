@@ -14,14 +14,17 @@ from understudy.checkpoint.safetensors_writer import spec_bytes
 from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache
 from understudy.data.prepare import prepare_data
+from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.directory import is_adapter, read_base
+from understudy.models.adapters.new_tokens import require_trained_vocabulary
 from understudy.models.identity import model_digest
 from understudy.models.initialization import materialize_random
 from understudy.models.names import canonical_name
 from understudy.models.quantization.materialize import materialize_quantized
 from understudy.models.source import model_directory, tokenizer_directory
-from understudy.models.tokenizer import load_tokenizer
+from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
+from understudy.models.vocabulary_growth import grow_vocabulary
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.optim.state import kept_state
 from understudy.recipe.environment import cache_directory
@@ -68,14 +71,19 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     about anything that takes time. Raises `UserError` at the recipe's line. No process group may exist yet.
     """
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
-        tokenizer = tokenizer_directory(recipe.model)
+        tokenizer = prepared_tokenizer(recipe.model, cache_directory())
+        has_new_tokens = tokenizer != tokenizer_directory(recipe.model)
     with sources.placing("model.path" if recipe.model.path else "model"):
         original = materialized_model(recipe)
         directory = quantized_model(recipe, original, report)
+        if has_new_tokens:
+            directory = grow_vocabulary(directory, recipe.model, tokenizer, find_device(), cache=cache_directory())
         adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
     with sources.placing("adapter"):
         adapter = find_adapter(recipe, directory, original)
         adapted = adapted_model(recipe, directory, adapter)
+        if has_new_tokens:
+            require_trained_vocabulary(adapted.model, recipe.adapter)
     model, config = adapted.model, adapted.model.config.get_text_config()
     with sources.placing("optimizer"):
         checkpoint_bytes = _checkpoint_bytes(adapted, recipe)

@@ -13,6 +13,7 @@ from torch import Tensor
 from understudy.checkpoint.reloading import UnloadableModelError, reload_adapter, reload_model, reload_tokenizer
 from understudy.contracts import IGNORED, Batch, Strategy
 from understudy.errors import UnderstudyError
+from understudy.models.vocabulary_growth import read_growth
 
 __all__ = ["TOLERANCES", "Proof", "UnprovenModelError", "prove_model", "trained_logits"]
 
@@ -52,13 +53,18 @@ def prove_model(
     trust_remote_code: bool,
 ) -> Proof:
     """Loads `directory` as anybody would, on the CPU, and compares its logits for each document alone with `expected`.
-    Of an adapter, `base` is the model that it belongs to.
+    Of an adapter, `base` is the model that it belongs to, whose vocabulary may have grown since it was saved.
 
     Raises `UnprovenModelError` when weights are missing, left over or of another shape, when the chat template or the
     tokens of a text changed, or when logits differ by more than the dtype's tolerance. No collective.
     """
     try:
-        model = reload_model(base or directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        growth = None if base is None else read_growth(base)
+        whole = (base or directory) if growth is None else growth.directory
+        model = reload_model(whole, dtype=dtype, trust_remote_code=trust_remote_code)
+        if growth is not None:
+            # The adapter has all rows that there are now.
+            model.resize_token_embeddings(growth.vocabulary, mean_resizing=False)
         if base is not None:
             model = reload_adapter(model, directory)
         reloaded = reload_tokenizer(directory, trust_remote_code=trust_remote_code)

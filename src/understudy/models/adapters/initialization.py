@@ -50,16 +50,18 @@ def materialize_adapter(
     base: BaseReference,
     *,
     seed: int,
+    vocabulary: int,
     cache: Path,
 ) -> Path:
     """An adapter directory with peft's own first values for `config`, drawn under `seed`.
 
-    `make_model` gives the base on the meta device, and `read` its weights; weights that a beginning depends on are in
-    memory one at a time. The directory lies in `cache` under a digest of all that decides its contents; one process
-    builds it, others wait, and it appears whole. Raises `UserError` where model and adapter do not fit.
+    `make_model` gives the base on the meta device, with `vocabulary` rows of embeddings, and `read` its weights; those
+    that a beginning depends on are in memory one at a time. The directory lies in `cache` under a digest of all that
+    decides its contents; one process builds it, others wait, and it appears whole. Raises `UserError` where model and
+    adapter do not fit.
     """
     peft = import_peft()
-    described = [_described(config), vars(base), seed, torch.__version__, peft.__version__]
+    described = [_described(config), vars(base), vocabulary, seed, torch.__version__, peft.__version__]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     directory = cache / "adapters" / digest[:32]
     if directory.is_dir():
