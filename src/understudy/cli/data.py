@@ -111,9 +111,16 @@ def _prepared(path: Path, overrides: tuple[str, ...]) -> tuple[Recipe, Path, dic
 
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer_dir = tokenizer_directory(recipe.model)
+        grows = False
+        if recipe.model.new_tokens:
+            from understudy.models.tokenizer import prepared_tokenizer
+
+            own, tokenizer_dir = tokenizer_dir, prepared_tokenizer(recipe.model, cache_directory())
+            grows = tokenizer_dir != own
     with sources.placing("model.path"):
         config = read_config(recipe.model)
-    vocab_size = (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
+    # Embeddings that grow have room for every token.
+    vocab_size = None if grows else (config.get("text_config") or config).get("vocab_size", config.get("vocab_size"))
     prepared = prepare_data(
         recipe,
         sources,

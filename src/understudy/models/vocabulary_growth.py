@@ -3,8 +3,8 @@
 It links to the weights of the other and holds, beside a configuration with the larger vocabulary, the rows that follow
 the stored ones (`weights.NEW_ROWS`). A new row is the mean of the stored rows (Hewitt, 2021, "Initializing new word
 embeddings for pretrained language models"): a new token's logit is then the mean of all logits, so by Jensen's
-inequality it takes at most 1/(V + 1) of the probability from the V others. That holds for a head with a bias only when
-the new bias is the mean too.
+inequality each of k new tokens has at most a probability of 1/(V + k). That holds for a head with a bias only when the
+new bias is the mean too.
 """
 
 from __future__ import annotations

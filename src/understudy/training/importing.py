@@ -28,11 +28,11 @@ from understudy.contracts import TensorSpec
 from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.build import make_language_model, shared_names
-from understudy.models.source import tokenizer_directory
-from understudy.models.tokenizer import load_tokenizer
+from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
+from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.training.prepare import materialized_model
+from understudy.training.prepare import grown_model, materialized_model
 
 __all__ = ["import_deepspeed_checkpoint"]
 
@@ -50,7 +50,8 @@ def import_deepspeed_checkpoint(
     if out.exists():
         raise UserError("exists, and nothing is overwritten; name a directory that does not exist.", file=out)
     with sources.placing("model.path" if recipe.model.path else "model"):
-        model_directory = materialized_model(recipe)
+        tokenizer = prepared_tokenizer(recipe.model, cache_directory())
+        model_directory = grown_model(recipe, materialized_model(recipe), tokenizer)
         network = make_language_model(model_directory, recipe.model, find_device()).network
     names = [name for name, _ in network.named_parameters()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +63,16 @@ def import_deepspeed_checkpoint(
         theirs = match_names(names, opened.names(), aliases, file=opened.tag)
         _check_shapes(opened, theirs, {name: tuple(p.shape) for name, p in network.named_parameters()})
         store = CheckpointStore(Path(scratch) / "imported")
-        written = _write(store, opened, theirs, partial(_write_companions, recipe, model_directory))
+        written = _write(store, opened, theirs, partial(_write_companions, recipe, model_directory, tokenizer))
         verify_checkpoint(written)
         store.directory.rename(out)
     return out / written.name
 
 
-def _write_companions(recipe: Recipe, model_directory: Path, out: Path) -> None:
+def _write_companions(recipe: Recipe, model_directory: Path, tokenizer: Path, out: Path) -> None:
     copy_companions(model_directory, out, torch.float32)
     load_tokenizer(
-        tokenizer_directory(recipe.model), recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
+        tokenizer, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
     ).save_pretrained(out)
 
 

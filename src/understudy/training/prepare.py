@@ -38,7 +38,7 @@ from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.worker import training_data
 
-__all__ = ["Prepared", "materialized_model", "prepare_job", "require_fit"]
+__all__ = ["Prepared", "grown_model", "materialized_model", "prepare_job", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -72,17 +72,14 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     """
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = prepared_tokenizer(recipe.model, cache_directory())
-        has_new_tokens = tokenizer != tokenizer_directory(recipe.model)
     with sources.placing("model.path" if recipe.model.path else "model"):
         original = materialized_model(recipe)
-        directory = quantized_model(recipe, original, report)
-        if has_new_tokens:
-            directory = grow_vocabulary(directory, recipe.model, tokenizer, find_device(), cache=cache_directory())
+        directory = grown_model(recipe, quantized_model(recipe, original, report), tokenizer)
         adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
     with sources.placing("adapter"):
         adapter = find_adapter(recipe, directory, original)
         adapted = adapted_model(recipe, directory, adapter)
-        if has_new_tokens:
+        if has_new_tokens(recipe, tokenizer):
             require_trained_vocabulary(adapted.model, recipe.adapter)
     model, config = adapted.model, adapted.model.config.get_text_config()
     with sources.placing("optimizer"):
@@ -160,6 +157,18 @@ def quantized_model(recipe: Recipe, directory: Path, report: Callable[[str], Non
     return materialize_quantized(
         directory, recipe.quantization, identity=model_digest(directory, cache), cache=cache, report=report
     )
+
+
+def grown_model(recipe: Recipe, directory: Path, tokenizer: Path) -> Path:
+    """The directory of the recipe's model with a row for each new token of `tokenizer`: itself, or one laid over it."""
+    if not has_new_tokens(recipe, tokenizer):
+        return directory
+    return grow_vocabulary(directory, recipe.model, tokenizer, find_device(), cache=cache_directory())
+
+
+def has_new_tokens(recipe: Recipe, tokenizer: Path) -> bool:
+    """Whether the recipe gave its tokenizer, now in `tokenizer`, tokens that it had not."""
+    return bool(recipe.model.new_tokens) and tokenizer != tokenizer_directory(recipe.model)
 
 
 def _model_bytes(adapted: Adapted, dtype: torch.dtype) -> int:
