@@ -58,6 +58,16 @@ class Place(NamedTuple):
         return f"{self.strategy}@{self.world_size} {self.optimizer} {self.precision or ''}".strip()
 
 
+class Adapted(NamedTuple):
+    """What is trained instead of a whole model."""
+
+    base: Path
+    settings: dict[str, Any]
+    """The recipe's adapter."""
+    directory: Path | None
+    """Its first values."""
+
+
 def recipe(model: Path, place: Place) -> dict[str, Any]:
     optimizer = OPTIMIZERS[place.optimizer]
     return {
@@ -82,10 +92,19 @@ def _order(place: Place) -> tuple[int, str]:
 class Matrix:
     """Checkpoints by the place that wrote them, and what each place saw when it resumed from each."""
 
-    def __init__(self, root: Path, *, tied: bool = True, sizes: Mapping[str, int] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        tied: bool = True,
+        sizes: Mapping[str, int] = MappingProxyType({}),
+        adapted: Adapted | None = None,
+    ) -> None:
         self.root = root
-        self.model = root / "model"
-        scenario.write_model(self.model, tied=tied, **sizes)
+        self.adapted = adapted
+        self.model = root / "model" if adapted is None else adapted.base
+        if adapted is None:
+            scenario.write_model(self.model, tied=tied, **sizes)
         self.saves: dict[Place, dict[str, Any]] = {}
 
     def save(self, places: Sequence[Place]) -> None:
@@ -135,9 +154,11 @@ class Matrix:
         return problems
 
     def _case(self, place: Place) -> dict[str, Any]:
+        adapted = self.adapted
         return {
-            "recipe": recipe(self.model, place),
+            "recipe": recipe(self.model, place) | ({} if adapted is None else {"adapter": adapted.settings}),
             "model": str(self.model),
+            "adapter": None if adapted is None or adapted.directory is None else str(adapted.directory),
             "saved_step": SAVED_STEP,
             "steps": STEPS,
         }

@@ -6,20 +6,21 @@ import gc
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.distributed import scenario
-from understudy.checkpoint.form import WHOLE_MODEL
+from understudy.checkpoint.form import Form
 from understudy.checkpoint.loading import open_optimizer_state
 from understudy.checkpoint.progress import Progress, read_progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
 from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
 from understudy.contracts import LossScale, Strategy
 from understudy.devices.device import find_device
-from understudy.models.build import make_language_model
+from understudy.models.adapters.directory import SETTINGS, WEIGHTS
 from understudy.models.weights import WeightReader
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
@@ -27,17 +28,21 @@ from understudy.parallel.world import World, process_group
 from understudy.recipe.environment import process_environment
 from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
+from understudy.training.adapting import adapted_model
 
 
-def build(recipe: Recipe, model: Path, weights: Path, world: World) -> Strategy:
-    device = find_device()
+def build(case: dict[str, Any], saved: Path | None, world: World) -> tuple[Strategy, Form]:
+    recipe, model, device = Recipe.model_validate(case["recipe"]), Path(case["model"]), find_device()
+    if case["adapter"] is None:
+        adapted = adapted_model(recipe, saved or model, None)
+    else:
+        adapted = adapted_model(recipe, model, saved or Path(case["adapter"]))
     strategy = make_strategy(recipe, device.torch_device(world.local_rank), world)
     strategy.build(
-        lambda: make_language_model(model, recipe.model, device),
-        lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw),
+        lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw)
     )
-    strategy.load_state(WeightReader(weights))
-    return strategy
+    strategy.load_state(adapted.read)
+    return strategy, adapted.form
 
 
 def train(strategy: Strategy, recipe: Recipe, steps: range, world: World) -> list[str]:
@@ -52,17 +57,17 @@ def train(strategy: Strategy, recipe: Recipe, steps: range, world: World) -> lis
 
 
 def save_and_go_on(case: dict[str, Any], world: World) -> dict[str, Any]:
-    recipe, model, store = Recipe.model_validate(case["recipe"]), Path(case["model"]), CheckpointStore(Path(case["at"]))
-    strategy = build(recipe, model, model, world)
+    recipe, store = Recipe.model_validate(case["recipe"]), CheckpointStore(Path(case["at"]))
+    strategy, form = build(case, None, world)
     before = train(strategy, recipe, range(case["saved_step"]), world)
     settings = SaveSettings(
         store=store,
         keep=1,
         keep_best=False,
         background=case["background"],
-        form=WHOLE_MODEL,
+        form=form,
         buffers={},
-        write_companions=lambda directory: shutil.copy(model / "config.json", directory),
+        write_companions=partial(write_companions, case),
         token="test",
         still_ours=lambda: True,
     )
@@ -73,27 +78,40 @@ def save_and_go_on(case: dict[str, Any], world: World) -> dict[str, Any]:
     return {"before": before, "after": after}
 
 
+def write_companions(case: dict[str, Any], directory: Path) -> None:
+    if case["adapter"] is None:
+        shutil.copy(Path(case["model"]) / "config.json", directory)
+    else:
+        for name in SETTINGS:
+            shutil.copy(Path(case["adapter"]) / name, directory)
+
+
 def resume(case: dict[str, Any], world: World) -> dict[str, Any]:
-    recipe, model, saved = Recipe.model_validate(case["recipe"]), Path(case["model"]), Path(case["saved"])
-    strategy = build(recipe, model, saved / "model", world)
+    recipe, saved = Recipe.model_validate(case["recipe"]), Path(case["saved"])
+    strategy, form = build(case, saved / "model", world)
     stored = open_optimizer_state(saved)
     strategy.load_optimizer_state(stored)
     if (scale := read_progress(saved).loss_scale) is not None:
         strategy.loss_scale = LossScale(*scale)
     differing = []
-    weights = WeightReader(saved / "model")
-    owner = {name: i % world.size for i, name in enumerate([*strategy.layout(), *strategy.optimizer_layout()])}
-    for name, tensor in strategy.state(owner.__getitem__):
-        if not same_bits(tensor, weights(name)[()]):
-            differing.append(name)
+    weights = WeightReader(saved / "model", only=None if case["adapter"] is None else WEIGHTS)
+    kept = [name for name in strategy.layout() if form.keeps(name)]
+    owner = {name: i % world.size for i, name in enumerate([*kept, *strategy.optimizer_layout()])}
+    for name, tensor in strategy.state(owner.get):
+        for key, part in form.parts(name, tensor):
+            if not same_bits(part, weights(key)[()]):
+                differing.append(key)
     for name, tensor in strategy.optimizer_state(owner.__getitem__):
         parameter, _, key = name.rpartition(".")
         # 8-bit moments of what is small in one place and large in another are kept in another form.
         if key not in stored[parameter] or not same_bits(tensor, stored[parameter][key][()]):
             differing.append(name)
+    layout = strategy.layout()
+    stored_weights = sum(len(form.specs(name, layout[name])) for name in kept)
     return {
         "differing": differing,
-        "compared": len(owner),
+        "compared": sum(len(form.specs(name, strategy.layout()[name])) for name in kept)
+        + len(strategy.optimizer_layout()),
         "stored": len(weights.names()) + sum(map(len, stored.values())),
         "after": train(strategy, recipe, range(case["saved_step"], case["steps"]), world),
     }

@@ -28,10 +28,13 @@ def case(
     *,
     poisoned_steps: int = 0,
     count_reads: bool = False,
+    adapter: Path | None = None,
+    recipe: dict[str, Any] | None = None,
     **training: Any,
 ) -> dict[str, Any]:
+    """`adapter` is a directory to begin with, `recipe` what the recipe says besides."""
     parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
-    recipe = {
+    values = {
         "name": "conformance",
         "output_dir": "unused",
         "model": {"path": str(model)},
@@ -40,13 +43,15 @@ def case(
         "optimizer": optimizer,
         "training": {"precision": "fp32", "max_grad_norm": None, "activation_checkpointing": "none", **training},
         "parallel": parallel,
+        **(recipe or {}),
     }
     return {
-        "recipe": recipe,
+        "recipe": values,
         "model": str(model),
         "steps": steps,
         "poisoned_steps": poisoned_steps,
         "count_reads": count_reads,
+        "adapter": None if adapter is None else str(adapter),
     }
 
 

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from tests.distributed import scenario
 from understudy.contracts import Batch, LazyTensor, LossSum, Objective
 from understudy.devices.device import find_device
 from understudy.errors import DivergedError
-from understudy.models.build import make_language_model
-from understudy.models.weights import WeightReader
+from understudy.models.adapters.attachment import trained_names
+from understudy.models.names import canonical_name
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.parallel.world import World, process_group
 from understudy.recipe.environment import process_environment
 from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
+from understudy.training.adapting import adapted_model
 
 
 class Poisoned:
@@ -46,8 +49,8 @@ class Poisoned:
 class CountingReader:
     """Counts the elements that a strategy reads."""
 
-    def __init__(self, directory: Path) -> None:
-        self.reader = WeightReader(directory)
+    def __init__(self, reader: Callable[[str], LazyTensor]) -> None:
+        self.reader = reader
         self.elements = 0
 
     def __call__(self, name: str) -> LazyTensor:
@@ -70,11 +73,10 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     directory = Path(case["model"])
     device = find_device()
     strategy = make_strategy(recipe, device.torch_device(world.local_rank), world)
-    strategy.build(
-        lambda: make_language_model(directory, recipe.model, device),
-        lambda named: make_optimizer(recipe.optimizer, named, fused=False),
-    )
-    reader = CountingReader(directory)
+    adapted = adapted_model(recipe, directory, None if case["adapter"] is None else Path(case["adapter"]))
+    trained = trained_names(adapted.model)
+    strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=False))
+    reader = CountingReader(adapted.read)
     strategy.load_state(reader)
     objective = make_objective(recipe.objective)
     for step in range(case["poisoned_steps"]):
@@ -94,14 +96,32 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
         losses.append(float(total.loss) / count)
         norms.append(float(strategy.optimizer_step(recipe.optimizer.learning_rate, recipe.training.max_grad_norm)))
     evaluation = strategy.evaluate(scenario.micro_batches(0, world.rank, world.size), objective)
-    mine = dict(strategy.state(lambda name: 0))
+    frozen = strategy.layout().keys() - trained
+    with_state = {name.rpartition(".")[0] for name in strategy.optimizer_layout()}
+    assert with_state <= trained, "a frozen parameter has no moments"
+    assert all(p.grad is None for n, p in strategy.module.named_parameters() if canonical_name(n) in frozen)
+    held = held_bytes(strategy.module, frozen)
+    mine = dict(strategy.state(lambda name: 0 if name in trained else None))
     assert bool(mine) == (world.rank == 0), "only the owner yields tensors"
     if world.rank == 0:
-        assert list(mine) == list(strategy.layout())
+        assert mine.keys() == trained
+        assert all(spec.dtype == mine[name].dtype for name, spec in strategy.layout().items() if name in trained)
         save_file({name: tensor.contiguous() for name, tensor in mine.items()}, weights)
     if case["count_reads"]:
-        return {"elements_read": reader.elements}
+        return {"elements_read": reader.elements, "frozen_bytes": held}
     return {"losses": losses, "norms": norms, "evaluation": float(evaluation.loss) / int(evaluation.num_tokens)}
+
+
+def held_bytes(module: nn.Module, names: Set[str]) -> int:
+    """Of parameters, by canonical name, what this rank has in memory between steps."""
+    total = 0
+    for name, parameter in module.named_parameters():
+        if canonical_name(name) in names:
+            local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
+            total += local.numel() * local.element_size()
+            if hasattr(parameter, "ds_tensor"):
+                total += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
+    return total
 
 
 def main() -> None:

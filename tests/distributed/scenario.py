@@ -6,15 +6,18 @@ ranks hold different amounts, some hold none, and steps differ in their number o
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from understudy.contracts import IGNORED, Batch
 
 VOCABULARY = 64
+ADAPTERS_OWN = re.compile(r"lora_|ia3_|vera_lambda|adaption_|prompt_encoder|modules_to_save")
 Document = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -79,18 +82,40 @@ class Solution:
 def summed_loss(model: torch.nn.Module, documents: list[Document]) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     for tokens, labels in documents:
-        logits = model(input_ids=tokens[None]).logits[0]
+        logits = model(input_ids=tokens[None]).logits[0, -len(tokens) :]  # a learned prompt comes before
         total = total + torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return total
 
 
 def solve(
-    directory: Path, *, steps: int, learning_rate: float, max_norm: float | None, optimizer: str, decay: float
+    directory: Path,
+    *,
+    steps: int,
+    learning_rate: float,
+    max_norm: float | None,
+    optimizer: str,
+    decay: float,
+    adapter: Path | None = None,
+    trained: re.Pattern[str] | None = None,
 ) -> Solution:
-    """One process, fp64, transformers' own loss, one document at a time, no packing and no chunks."""
+    """One process, fp64, transformers' own loss, one document at a time, no packing and no chunks.
+
+    With `adapter`, a directory, peft trains that alone; with `trained`, the parameters whose names it is found in.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager").train()
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, str(adapter)).double().train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(ADAPTERS_OWN.search(name) is not None)
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if hasattr(embeddings, "modules_to_save"):  # peft copies each of two that are one
+            head.modules_to_save.default.weight = embeddings.modules_to_save.default.weight
+    for name, parameter in model.named_parameters():
+        if trained is not None:
+            parameter.requires_grad_(trained.search(name) is not None)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in learned if parameter.ndim > 1]
+    vectors = [parameter for parameter in learned if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
     if optimizer == "sgd":
         torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=learning_rate)
@@ -102,7 +127,7 @@ def solve(
         count = num_supervised(documents)
         total = summed_loss(model, documents)
         (total / count).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
+        norm = torch.nn.utils.clip_grad_norm_(learned, max_norm if max_norm is not None else float("inf"))
         torch_optimizer.step()
         torch_optimizer.zero_grad()
         losses.append(float(total.detach()) / count)
@@ -110,4 +135,11 @@ def solve(
     with torch.no_grad():
         documents = global_batch(0)
         evaluation = float(summed_loss(model, documents)) / num_supervised(documents)
-    return Solution(losses, norms, evaluation, {name: value.detach() for name, value in model.named_parameters()})
+    if adapter is None:
+        weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    else:
+        stored = peft.get_peft_model_state_dict(model)
+        weights = {name.removeprefix("base_model.model."): value.detach() for name, value in stored.items()}
+        if hasattr(embeddings, "modules_to_save"):
+            del weights["lm_head.weight"]
+    return Solution(losses, norms, evaluation, weights)

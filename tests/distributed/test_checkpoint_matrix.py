@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint_matrix import OPTIMIZERS, STRATEGIES, Matrix, Place
+from tests.distributed.adapter_bases import ADAPTERS, FREEZE, Bases
+from tests.distributed.checkpoint_matrix import OPTIMIZERS, STRATEGIES, Adapted, Matrix, Place
 
 
 @pytest.mark.distributed
@@ -28,6 +29,17 @@ def test_every_optimizer_and_precision_goes_on_to_the_bit(tmp_path: Path) -> Non
     matrix = Matrix(tmp_path, sizes={"hidden_size": 64, "intermediate_size": 100})
     matrix.save(places)
     assert matrix.resume(places) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("kind", "quantized"), [("lora", True), ("pissa", False), ("freeze", False)])
+def test_adapters_resume_under_another_strategy_to_the_bit(kind: str, quantized: bool, tmp_path: Path) -> None:
+    bases = Bases(tmp_path / "bases")
+    directory = None if kind == "freeze" else bases.adapter(kind, quantized=quantized)
+    settings = FREEZE if kind == "freeze" else ADAPTERS[kind]
+    matrix = Matrix(tmp_path, adapted=Adapted(bases.directory(quantized=quantized), settings, directory))
+    matrix.save([Place(2, "fsdp"), Place(2, "zero3")])
+    assert matrix.resume([Place(1, "ddp"), *(Place(2, strategy) for strategy in ("fsdp", "zero2", "zero3"))]) == []
 
 
 @pytest.mark.matrix

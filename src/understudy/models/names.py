@@ -6,7 +6,7 @@ import re
 
 __all__ = ["canonical_name"]
 
-_WRAPPERS = re.compile(r"^(?:module\.)?network\.|_orig_mod\.|_checkpoint_wrapped_module\.")
+_WRAPPERS = re.compile(r"^(?:module\.)?network\.|^module\.(?=prompt_)|_orig_mod\.|_checkpoint_wrapped_module\.")
 _PARAMETRIZED = re.compile(r"parametrizations\.([^.]+)\.original$")
 # A layer that an adapter was put around, by LoRA and its kin and by LLaMA-Adapter.
 _ADAPTED = re.compile(r"\.base_layer(?=\.)|(?<=attn)\.model(?=\.)")

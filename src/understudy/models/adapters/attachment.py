@@ -16,6 +16,7 @@ from understudy.errors import UserError
 from understudy.models.adapters.directory import open_adapter, read_base, read_config
 from understudy.models.adapters.freeze import freeze
 from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.projections import draw_projections
 from understudy.models.adapters.residual import DOWN, Residual, halved_config
 from understudy.models.build import shared_names
 from understudy.models.language_model import LanguageModel
@@ -34,7 +35,9 @@ NAME = "default"
 """peft's name for an adapter that is alone; it is in no file."""
 
 
-def adapt(model: LanguageModel, read: Read, adapter: Adapter | None, directory: Path | None) -> Read:
+def adapt(
+    model: LanguageModel, read: Read, adapter: Adapter | None, directory: Path | None, compute_dtype: torch.dtype
+) -> Read:
     """Makes of `model` what the recipe's `adapter` says: leaves `requires_grad` with what is trained, and puts the
     adapter in `directory`, where there is one, around it. All of a model without adapter is trained.
 
@@ -48,10 +51,10 @@ def adapt(model: LanguageModel, read: Read, adapter: Adapter | None, directory: 
         return read
     config, base, stored = read_config(directory), read_base(directory), open_adapter(directory)
     if base is None or base.residual_rank is None:
-        inject(model, config)
+        inject(model, config, compute_dtype)
         _require_weights(model, stored, directory)
         return lambda name: stored(name) if name in stored else read(name)
-    inject(model, halved_config(config))
+    inject(model, halved_config(config), compute_dtype)
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
     residual = Residual(read, stored, base.residual_rank, scaling)
 
@@ -64,9 +67,9 @@ def adapt(model: LanguageModel, read: Read, adapter: Adapter | None, directory: 
     return read_residual
 
 
-def inject(model: LanguageModel, config: PeftConfig) -> None:
+def inject(model: LanguageModel, config: PeftConfig, compute_dtype: torch.dtype) -> None:
     """Puts the adapter that `config` describes around `model`, both without values; it alone requires gradients, and
-    what `config.modules_to_save` names of the model."""
+    what `config.modules_to_save` names of the model. What layers share and never train is real, in `compute_dtype`."""
     whole = set(getattr(config, "modules_to_save", None) or ())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -84,6 +87,8 @@ def inject(model: LanguageModel, config: PeftConfig) -> None:
             if not parameter.is_meta:
                 empty = torch.empty_like(parameter, device="meta", dtype=torch.float32)
                 setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+    if config.peft_type == import_peft().PeftType.VERA:
+        draw_projections(model, plain, compute_dtype)
     for path, module in model.network.named_modules():
         if path.rpartition(".")[2] in whole:
             module.requires_grad_(True)

@@ -1,0 +1,80 @@
+"""The gradient contract (P2) on adapters: every strategy trains each kind as peft does in fp64 in one process.
+
+On a base in fp32, and on one of 4 bits, which in fp64 is the model of its dequantized weights. What is frozen has no
+gradient and no moments, and the strategies that shard hold their share of it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.adapter_bases import ADAPTERS, FREEZE, Bases
+from tests.distributed.conformance import (
+    ADAMW,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WEIGHT_TOLERANCE,
+    WORKER,
+    assert_same_trajectory,
+    assert_same_weights,
+    case,
+)
+from tests.distributed.processes import run_processes
+
+pytestmark = pytest.mark.distributed
+
+STRATEGIES = ("ddp", "fsdp", "fsdp-offload", "zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
+ON_4_BITS = ("lora", "dora", "ia3", "vera", "llama_adapter", "prompt_tuning")
+LOW_PRECISION_TOLERANCE = (1e-2, 5e-2)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
+    return Bases(tmp_path_factory.mktemp("bases"))
+
+
+def cases_of(strategy: str, bases: Bases) -> dict[str, Any]:
+    optimizer = ADAMW
+    cases = {"freeze": case(bases.whole, strategy, optimizer, 4, recipe={"adapter": FREEZE}, max_grad_norm=0.5)}
+    for kind, adapter in ADAPTERS.items():
+        for quantized in (False, True) if kind in ON_4_BITS else (False,):
+            directory = bases.adapter(kind, quantized=quantized)
+            cases[f"{kind}-nf4" if quantized else kind] = case(
+                bases.directory(quantized=quantized),
+                strategy,
+                optimizer,
+                4,
+                adapter=directory,
+                recipe={"adapter": adapter},
+                max_grad_norm=0.5,
+            )
+    for kind in ("lora", "dora", "vera"):
+        quantized = kind != "vera"
+        cases[f"{kind}-bf16"] = case(
+            bases.directory(quantized=quantized),
+            strategy,
+            optimizer,
+            3,
+            adapter=bases.adapter(kind, quantized=quantized),
+            recipe={"adapter": ADAPTERS[kind]},
+            max_grad_norm=0.5,
+            precision="bf16",
+        )
+    return cases
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_adapter_trains_as_peft_does_in_one_process(strategy: str, bases: Bases, tmp_path: Path) -> None:
+    results = run_processes(WORKER, 2, tmp_path, {"cases": cases_of(strategy, bases)})
+    assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
+    for name, seen in results[0].items():
+        kind, _, form = name.partition("-")
+        solution = bases.solution(kind, quantized=form == "nf4" or (form == "bf16" and kind != "vera"))
+        if form == "bf16":
+            assert_same_trajectory(seen, solution, *LOW_PRECISION_TOLERANCE)
+        else:
+            assert_same_trajectory(seen, solution, LOSS_TOLERANCE, NORM_TOLERANCE)
+            assert_same_weights(tmp_path / f"{name}.safetensors", solution, WEIGHT_TOLERANCE)
