@@ -17,6 +17,7 @@ __all__ = [
     "IGNORED",
     "Batch",
     "GlobalBatch",
+    "HeldBytes",
     "LazyTensor",
     "LossScale",
     "LossSum",
@@ -127,6 +128,13 @@ class TensorSpec(NamedTuple):
     dtype: torch.dtype
 
 
+class HeldBytes(NamedTuple):
+    """Of weights in one process's memory, as they are kept for computing."""
+
+    frozen: int
+    trained: int
+
+
 class LossScale(NamedTuple):
     """The factor on the loss, and the updates since it last changed."""
 
@@ -173,6 +181,10 @@ class Strategy(Protocol):
 
     def layout(self) -> Mapping[str, TensorSpec]:
         """Name, full shape and dtype of each weight, in the order of `state`; the same on every rank."""
+        ...
+
+    def held_bytes(self) -> HeldBytes:
+        """Of weights, on this rank, between steps."""
         ...
 
     def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:

@@ -110,8 +110,7 @@ def resume(case: dict[str, Any], world: World) -> dict[str, Any]:
     stored_weights = sum(len(form.specs(name, layout[name])) for name in kept)
     return {
         "differing": differing,
-        "compared": sum(len(form.specs(name, strategy.layout()[name])) for name in kept)
-        + len(strategy.optimizer_layout()),
+        "compared": stored_weights + len(strategy.optimizer_layout()),
         "stored": len(weights.names()) + sum(map(len, stored.values())),
         "after": train(strategy, recipe, range(case["saved_step"], case["steps"]), world),
     }

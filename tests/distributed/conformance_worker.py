@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from tests.distributed import scenario
 from understudy.contracts import Batch, LazyTensor, LossSum, Objective
@@ -100,7 +99,6 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     with_state = {name.rpartition(".")[0] for name in strategy.optimizer_layout()}
     assert with_state <= trained, "a frozen parameter has no moments"
     assert all(p.grad is None for n, p in strategy.module.named_parameters() if canonical_name(n) in frozen)
-    held = held_bytes(strategy.module, frozen)
     mine = dict(strategy.state(lambda name: 0 if name in trained else None))
     assert bool(mine) == (world.rank == 0), "only the owner yields tensors"
     if world.rank == 0:
@@ -108,20 +106,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
         assert all(spec.dtype == mine[name].dtype for name, spec in strategy.layout().items() if name in trained)
         save_file({name: tensor.contiguous() for name, tensor in mine.items()}, weights)
     if case["count_reads"]:
-        return {"elements_read": reader.elements, "frozen_bytes": held}
+        return {"elements_read": reader.elements, "frozen_bytes": strategy.held_bytes().frozen}
     return {"losses": losses, "norms": norms, "evaluation": float(evaluation.loss) / int(evaluation.num_tokens)}
-
-
-def held_bytes(module: nn.Module, names: Set[str]) -> int:
-    """Of parameters, by canonical name, what this rank has in memory between steps."""
-    total = 0
-    for name, parameter in module.named_parameters():
-        if canonical_name(name) in names:
-            local: Any = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
-            total += local.numel() * local.element_size()
-            if hasattr(parameter, "ds_tensor"):
-                total += parameter.ds_tensor.numel() * parameter.ds_tensor.element_size()
-    return total
 
 
 def main() -> None:

@@ -9,8 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import Batch, LossSum, Objective
+from understudy.contracts import Batch, HeldBytes, LossSum, Objective
 from understudy.parallel.world import World
+from understudy.strategies.held import held_bytes
 from understudy.strategies.precision import Precision
 from understudy.strategies.sums import global_sum
 
@@ -56,6 +57,9 @@ class ModuleStrategy(ABC):
                 self._backward(part.loss * (factor + 0.0 * part.loss.detach()))
             parts.append(_detached(part))
         return global_sum(parts)
+
+    def held_bytes(self) -> HeldBytes:
+        return held_bytes(self.module)
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
         self.module.eval()

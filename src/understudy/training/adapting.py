@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from understudy.checkpoint.form import WHOLE_MODEL, Form
 from understudy.contracts import LazyTensor
 from understudy.devices.device import find_device
@@ -31,7 +33,7 @@ from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.strategies.precision import precision_of
 
-__all__ = ["Adapted", "adapted_model", "find_adapter", "require_same_base"]
+__all__ = ["Adapted", "adapted_model", "find_adapter", "require_same_base", "saved_dtype"]
 
 Read = Callable[[str], LazyTensor]
 
@@ -50,10 +52,9 @@ class Adapted:
 def adapted_model(recipe: Recipe, weights: Path, adapter: Path | None) -> Adapted:
     """The recipe's model with the weights in `weights`, and the adapter in the directory `adapter` around it. Raises
     `UserError` where these do not fit together."""
-    model = make_language_model(
-        weights, recipe.model, find_device(), quantized_dtype=precision_of(recipe.training.precision).compute
-    )
-    read = adapt(model, open_weights(weights, model), recipe.adapter, adapter)
+    dtype = precision_of(recipe.training.precision).compute
+    model = make_language_model(weights, recipe.model, find_device(), quantized_dtype=dtype)
+    read = adapt(model, open_weights(weights, model), recipe.adapter, adapter, dtype)
     form = WHOLE_MODEL if adapter is None else AdapterForm.of(model, adapter, trained_names(model))
     return Adapted(model, read, form)
 
@@ -87,6 +88,13 @@ def find_adapter(recipe: Recipe, model_directory: Path, original: Path) -> Path 
         vocabulary=model.config.get_text_config().vocab_size,
         cache=cache_directory(),
     )
+
+
+def saved_dtype(recipe: Recipe) -> torch.dtype:
+    """Of the final model: what it computed in; an adapter, which is small, is kept as it was trained."""
+    precision = precision_of(recipe.training.precision)
+    whole = recipe.adapter is None or isinstance(recipe.adapter, Freeze)
+    return precision.compute if whole else precision.weights
 
 
 def require_same_base(directory: Path, digest: str, key: str) -> None:

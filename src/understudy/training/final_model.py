@@ -17,6 +17,7 @@ from understudy.data.cache import TokenCache
 from understudy.launch.run_directory import RunDirectory
 from understudy.parallel.world import World
 from understudy.strategies.precision import precision_of
+from understudy.training.adapting import saved_dtype
 from understudy.training.console import Console
 from understudy.training.job import Job
 from understudy.training.proof import prove_model, trained_logits
@@ -48,7 +49,8 @@ def save_final_model(
     write_companions: Callable[[Path], None],
     tokenizer: Any,
 ) -> Trained:
-    """Writes the model in the dtype that it computed in, under a name for the unproven. A collective."""
+    """Writes the model in the dtype that it computed in, an adapter as it was trained, under a name for the unproven. A
+    collective."""
     documents = _proof_documents(cache)
     logits = trained_logits(strategy, documents)
     save_model(
@@ -57,7 +59,7 @@ def save_final_model(
         rank=world.rank,
         world_size=world.size,
         form=form,
-        dtype=_saved_dtype(job),
+        dtype=saved_dtype(job.recipe),
         buffers=buffers,
         write_companions=write_companions,
     )
@@ -72,7 +74,7 @@ def prove_final_model(job: Job, trained: Trained, console: Console) -> None:
         documents=trained.documents,
         expected=trained.logits,
         base=None if job.adapter_directory is None else job.model_directory,
-        dtype=_saved_dtype(job),
+        dtype=_compute_dtype(job),
         tokenizer=trained.tokenizer,
         trust_remote_code=job.recipe.model.trust_remote_code,
     )
@@ -84,7 +86,7 @@ def prove_final_model(job: Job, trained: Trained, console: Console) -> None:
     )
 
 
-def _saved_dtype(job: Job) -> torch.dtype:
+def _compute_dtype(job: Job) -> torch.dtype:
     return precision_of(job.recipe.training.precision).compute
 
 

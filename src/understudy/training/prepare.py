@@ -32,7 +32,7 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import prepare_strategy
-from understudy.training.adapting import Adapted, adapted_model, find_adapter, require_same_base
+from understudy.training.adapting import Adapted, adapted_model, find_adapter, require_same_base, saved_dtype
 from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
 from understudy.training.job import Job
@@ -104,7 +104,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        model_bytes=_model_bytes(adapted, precision_of(recipe.training.precision).compute),
+        model_bytes=_model_bytes(adapted, saved_dtype(recipe)),
         checkpoint_bytes=checkpoint_bytes,
         data_digest=train.digest,
         examples=steps.examples_per_epoch,

@@ -66,7 +66,7 @@ def prove_model(
             # The adapter has all rows that there are now.
             model.resize_token_embeddings(growth.vocabulary, mean_resizing=False)
         if base is not None:
-            model = reload_adapter(model, directory)
+            model = _computing_in(dtype, reload_adapter(model, directory))
         reloaded = reload_tokenizer(directory, trust_remote_code=trust_remote_code)
     except UnloadableModelError as error:
         raise UnprovenModelError(f"the model saved in {directory} {error.message}") from error
@@ -85,6 +85,14 @@ def prove_model(
             f"{proof.difference:.1e} of the largest, more than {proof.tolerance:.0e}; it is kept there for inspection."
         )
     return proof
+
+
+def _computing_in(dtype: torch.dtype, adapted: Any) -> Any:
+    """peft keeps adapters in fp32 on a base of fewer bits; training computes both in `dtype`."""
+    for parameter in adapted.parameters():
+        if parameter.dtype is torch.float32:
+            parameter.data = parameter.data.to(dtype)
+    return adapted
 
 
 def _compare_tokenizers(directory: Path, reloaded: Any, tokenizer: Any, documents: Sequence[Tensor]) -> None:

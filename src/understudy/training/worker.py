@@ -120,6 +120,8 @@ def _train_and_save(
     kept = model.persistent_buffers() if form.keeps_buffers else {}
     buffers = {name: buffer.clone() for name, buffer in kept.items()}
     strategy = _loaded_strategy(job, adapted, device, torch_device, world)
+    if (held := strategy.held_bytes()).frozen:
+        console.say(f"each process holds {held.frozen:,} bytes of frozen weights, and {held.trained:,} of trained ones")
     state = restore(job, strategy)
     tokenizer = load_tokenizer(
         job.tokenizer_directory, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code
