@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from functools import cache
 from typing import Any
 
 from understudy.errors import UserError
@@ -11,6 +12,7 @@ from understudy.errors import UserError
 __all__ = ["bitsandbytes_functional", "bitsandbytes_version"]
 
 
+@cache  # every pass of every layer asks
 def bitsandbytes_functional() -> Any:
     """The module `bitsandbytes.functional`. Raises `UserError` where the package is not installed."""
     # It warns on each import, on CPUs with AVX512-BF16, of a package for its own inference layers that is absent.
