@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed.small_run import write_tokenizer
 from tests.small_checkpoints import make_config, make_weights, write_checkpoint
-from understudy.checkpoint import plain_model
+from understudy.checkpoint import made_whole, plain_model
 from understudy.checkpoint.places import examine, find_model
 from understudy.checkpoint.plain_model import export_model
 from understudy.checkpoint.store import CheckpointStore
@@ -458,7 +458,7 @@ def test_a_disk_without_room_is_a_sentence_with_the_bytes_needed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(plain_model.shutil, "disk_usage", lambda path: usage(10, 3, 7))
+    monkeypatch.setattr(made_whole.shutil, "disk_usage", lambda path: usage(10, 3, 7))
     said = refusal(["export", str(run), str(tmp_path / "new" / "out")], capsys)
     size = sum(path.stat().st_size for path in (run / "model").iterdir())
     needed = int(said.partition("needs ")[2].partition(" ")[0].replace(",", ""))

@@ -1,4 +1,5 @@
-"""What a directory that a user names is: a run, its checkpoints, one of them, or a plain model. Imports no torch."""
+"""What a directory that a user names is: a run, its checkpoints, one of them, a plain model or an adapter. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -11,13 +12,14 @@ from understudy.checkpoint.store import CheckpointStore, is_checkpoint_name
 from understudy.errors import UserError
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.run_lock import MARKER as RUN_MARKER
+from understudy.models.adapters.directory import is_adapter
 
 __all__ = ["CONFIG", "MODEL", "ModelPlace", "Place", "examine", "find_model"]
 
 CONFIG = "config.json"
 """What makes a directory a Hugging Face model."""
 MODEL = "model"
-"""The directory of the weights inside a checkpoint, a model directory like any other."""
+"""The directory of the weights inside a checkpoint, a model or adapter directory like any other."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,12 @@ class Place:
     checkpoints: tuple[Path, ...]
     """Newest first; they need not verify."""
     model: Path | None
-    """A model directory that is part of no checkpoint: the final model of a run, or the directory itself."""
+    """A model or adapter directory that is part of no checkpoint: the final one of a run, or the directory itself."""
 
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """One model directory."""
+    """One model or adapter directory."""
 
     directory: Path
     checkpoint: Path | None
@@ -40,7 +42,7 @@ class ModelPlace:
 
 
 def examine(path: Path) -> Place:
-    """What a run directory, a `checkpoints` directory, a checkpoint, its `model` or a plain model directory holds.
+    """What a run directory, a `checkpoints` directory, a checkpoint, its `model`, a plain model or an adapter holds.
 
     Raises `UserError` for anything else, and for a run or a `checkpoints` directory with nothing in it yet.
     """
@@ -51,7 +53,7 @@ def examine(path: Path) -> Place:
         return _examine_run(run)
     if (checkpoint := _checkpoint_around(path)) is not None:
         return Place((checkpoint,), None)
-    if (path / CONFIG).is_file():
+    if (path / CONFIG).is_file() or is_adapter(path):
         return Place((), path)
     if run.model.is_dir() or CheckpointStore(run.checkpoints).committed():
         return _examine_run(run)  # copied from elsewhere without its marker, which is a hidden file
@@ -60,13 +62,14 @@ def examine(path: Path) -> Place:
     if path.name == run.checkpoints.name:
         raise UserError("holds no committed checkpoint yet.", file=path)
     raise UserError(
-        f"is neither a model (no {CONFIG} in it) nor a run, a checkpoint or a directory of checkpoints.", file=path
+        f"is neither a model (no {CONFIG} in it) nor a run, a checkpoint, an adapter or a directory of checkpoints.",
+        file=path,
     )
 
 
 def find_model(path: Path, report: Callable[[str], None]) -> ModelPlace:
-    """The model directory that `path` stands for, whatever `examine` says it is: of a run its final model or, while
-    there is none, the newest checkpoint's; `report` is told when a checkpoint was chosen among others.
+    """The model or adapter directory that `path` stands for, whatever `examine` says it is: of a run its final model
+    or, while there is none, the newest checkpoint's; `report` is told when a checkpoint was chosen among others.
 
     A checkpoint is looked at, not read: every file it lists must be there and have its size. Raises `UserError` as
     `examine` does, and `DamagedCheckpointError`.
@@ -107,8 +110,8 @@ def _checkpoint_around(path: Path) -> Path | None:
 def _is_checkpoint(path: Path) -> bool:
     if all((path / name).is_file() for name in (MANIFEST, MARKER)):
         return True
-    # Other programs give such names to plain models.
-    return is_checkpoint_name(path.resolve().name) and not (path / CONFIG).exists()
+    # Other programs give such names to plain models and adapters.
+    return is_checkpoint_name(path.resolve().name) and not (path / CONFIG).exists() and not is_adapter(path)
 
 
 def _no_directory(path: Path) -> str:

@@ -1,7 +1,8 @@
-"""Loading a saved model as anybody would, with plain transformers, on the CPU."""
+"""Loading a saved model or adapter as anybody would, with plain transformers and peft, on the CPU."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,20 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from understudy.errors import UserError
+from understudy.models.adapters.attachment import NAME
+from understudy.models.adapters.directory import open_adapter, read_base, read_config, stored_key
 from understudy.models.adapters.library import import_peft
 from understudy.models.architecture import UNBUILDABLE
+from understudy.models.weights import WeightReader
 
-__all__ = ["UNLOADABLE", "UnloadableModelError", "reload_adapter", "reload_model", "reload_tokenizer"]
+__all__ = [
+    "UNLOADABLE",
+    "UnloadableModelError",
+    "has_tokenizer",
+    "reload_adapter",
+    "reload_model",
+    "reload_tokenizer",
+]
 
 UNLOADABLE = (StrictDataclassError, SafetensorError, OSError, ImportError, *UNBUILDABLE)
 """What these libraries raise for a damaged or foreign directory."""
@@ -48,16 +59,55 @@ def reload_model(directory: Path, *, dtype: torch.dtype | Literal["auto"], trust
     return model
 
 
-def reload_adapter(model: Any, directory: Path) -> Any:
-    """`model`, a transformers one, with the adapter in `directory` around it, as peft loads it.
+def reload_adapter(model: Any, directory: Path, *, name: str = NAME) -> Any:
+    """`model`, a transformers one, with the adapter in `directory` around it, as peft loads it. Of a model that has
+    adapters already, given a `name` that none of them has, it has one more.
 
-    Raises `UnloadableModelError` when it does not load, or does not belong to the model.
+    Raises `UnloadableModelError` when it does not load, and when parameters are missing or left over; `UserError`
+    where a file of it cannot be read, or peft is not installed.
     """
     peft = import_peft()
+    read_config(directory)
+    stored = open_adapter(directory)
     try:
-        return peft.PeftModel.from_pretrained(model, str(directory))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they are about is looked at below
+            if isinstance(model, peft.PeftModel):
+                adapted = model
+                adapted.load_adapter(str(directory), name)
+            else:
+                _grow(model, stored, directory)
+                adapted = peft.PeftModel.from_pretrained(model, str(directory), adapter_name=name)
+            expected = peft.get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     except UNLOADABLE as error:
-        raise UnloadableModelError(f"does not load with peft: {_first_line(error)}", file=directory) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UnloadableModelError(f"does not load with peft: {reason}", file=directory) from error
+    given = {stored_key(parameter) for parameter in stored.names()}
+    if missing := sorted(expected.keys() - given):
+        raise UnloadableModelError(f"lacks {missing[0]}, of {len(expected)} parameters.", file=directory)
+    # An adapter may bring a module of the model whole, as peft does with embeddings that have grown.
+    own = {stored_key(parameter) for parameter, _ in adapted.get_base_model().named_parameters(remove_duplicate=False)}
+    if foreign := sorted(given - expected.keys() - own):
+        raise UnloadableModelError(
+            f"has {foreign[0]}, which no module of {type(adapted.get_base_model()).__name__} takes.", file=directory
+        )
+    return adapted
+
+
+def _grow(model: Any, stored: WeightReader, directory: Path) -> None:
+    """Gives `model` as many embeddings as the adapter in `directory` has, where it grew the vocabulary."""
+    base = read_base(directory)
+    if base is not None and not base.new_tokens:
+        return
+    embeddings = model.get_input_embeddings()
+    path = next(path for path, module in model.named_modules() if module is embeddings)
+    rows = stored(f"{path}.weight").shape[0] if f"{path}.weight" in stored.names() else 0
+    if rows > embeddings.weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def reload_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -65,7 +115,7 @@ def reload_tokenizer(directory: Path, *, trust_remote_code: bool) -> Any:
 
     Raises `UnloadableModelError` when there is none or it does not load.
     """
-    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise UnloadableModelError(
             "has no tokenizer (tokenizer.json); save the model's tokenizer beside it.", file=directory
         )

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import click
 
-__all__ = ["recipe_arguments", "sampling_options", "trust_option"]
+__all__ = ["adapter_options", "base_option", "recipe_arguments", "sampling_options", "trust_option"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,6 +23,32 @@ def recipe_arguments(function: Function) -> Function:
     # Decorators apply from the last line up, so RECIPE comes first on the command line.
     function = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")(function)
     return click.argument("recipe", type=click.Path(path_type=Path), metavar="RECIPE")(function)
+
+
+def adapter_options(function: Function) -> Function:
+    """Adds `base: str | None` and `adapter: tuple[str, ...]`, of which one may be given: where an adapter's base is,
+    and adapters that share the base that is named as the model."""
+
+    @functools.wraps(function)
+    def checked(*, base: str | None, adapter: tuple[str, ...], **others: Any) -> Any:
+        if base is not None and adapter:
+            raise click.UsageError("with --adapter the model is the base, so there is no place for --base.")
+        return function(base=base, adapter=adapter, **others)
+
+    option = click.option(
+        "--adapter",
+        metavar="ADAPTER",
+        multiple=True,
+        help="Run MODEL with this adapter: a directory, a run or a Hub id. May be given several times.",
+    )
+    return cast(Function, base_option(option(checked)))
+
+
+def base_option(function: Function) -> Function:
+    """Adds `base: str | None`: where an adapter's base is."""
+    return click.option(
+        "--base", metavar="MODEL", help="The model that the adapter belongs to.  [default: where the adapter says]"
+    )(function)
 
 
 def trust_option(function: Function) -> Function:

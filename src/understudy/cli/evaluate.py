@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from understudy.cli.arguments import recipe_arguments
+from understudy.cli.arguments import base_option, recipe_arguments
 
 if TYPE_CHECKING:
     from understudy.training.scoring import Scores
@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 @click.option(
     "--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Longest answer of a sample."
 )
+@base_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def command(
-    model: str, recipe: Path, overrides: tuple[str, ...], samples: int | None, max_new_tokens: int, as_json: bool
+    model: str,
+    recipe: Path,
+    overrides: tuple[str, ...],
+    samples: int | None,
+    max_new_tokens: int,
+    base: str | None,
+    as_json: bool,
 ) -> None:
     """Score a model on RECIPE's evaluation data: loss, perplexity, token accuracy; exact match and ROUGE-L of answers.
 
-    MODEL is a Hugging Face directory, a Hub id, or a run or checkpoint directory; it takes the place of the recipe's
-    own. The data is data.eval, or the part of data.train that data.eval_fraction holds out.
+    MODEL is a Hugging Face directory, a Hub id, or a run or checkpoint directory, of a model or of an adapter; it takes
+    the place of the recipe's own. The data is data.eval, or the part of data.train that data.eval_fraction holds out.
 
     Example: understudy evaluate runs/alpaca-smollm2 recipe.yaml --samples 20
     """
@@ -54,6 +61,7 @@ def command(
             max_new_tokens=max_new_tokens,
             report=lambda line: click.echo(line, err=True),
             progress=progress,
+            base=base,
         )
     if as_json:
         values = {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}

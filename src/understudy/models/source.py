@@ -9,7 +9,14 @@ from typing import Any
 from understudy.errors import UserError
 from understudy.recipe import schema
 
-__all__ = ["model_directory", "read_config", "read_config_file", "stored_config", "tokenizer_directory"]
+__all__ = [
+    "fetched_directory",
+    "model_directory",
+    "read_config",
+    "read_config_file",
+    "stored_config",
+    "tokenizer_directory",
+]
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 _WEIGHT_FILES = ["*.safetensors"]
@@ -33,6 +40,12 @@ def model_directory(model: schema.Model) -> Path:
     if pretrained:
         _require_safetensors(directory)
     return directory
+
+
+def fetched_directory(source: str) -> Path:
+    """A directory as it is, and of a Hub id everything that a model or an adapter needs, whatever it turns out to be.
+    Raises `UserError` when there is neither."""
+    return _local_or_snapshot(source, None, _TOKENIZER_FILES + _WEIGHT_FILES)
 
 
 def tokenizer_directory(model: schema.Model) -> Path:

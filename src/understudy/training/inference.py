@@ -1,8 +1,9 @@
-"""Loads a trained model to try it: a Hugging Face directory, a Hub id, or the directory of a run or a checkpoint."""
+"""Loads a trained model to try it: whole, or a base and adapters."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,25 +13,28 @@ import jinja2
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from understudy.checkpoint.places import find_model
-from understudy.checkpoint.reloading import UNLOADABLE
+from understudy.checkpoint.reloading import UNLOADABLE, reload_adapter
 from understudy.devices.device import find_device
 from understudy.errors import UserError
-from understudy.models.source import model_directory
-from understudy.recipe.schema import Model
+from understudy.models.adapters.directory import adapter_settings
 from understudy.training.answering import Answered, Sampling, answer_stream
+from understudy.training.named_model import NamedModel, locate_model
 
 __all__ = [
     "Conversation",
     "LoadedModel",
     "end_tokens",
+    "load_adapters",
+    "load_located",
     "load_model",
-    "locate_model",
     "quiet_transformers",
     "seed_sampling",
 ]
 
 Message = Mapping[str, str]
+_IN_FRONT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
+"""Kinds of adapters that put vectors in front of the text."""
+_PARTS_OF_RUNS = ("model", "checkpoints", "/")
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,14 @@ class LoadedModel:
     name: str
     """As the user named it."""
     network: Any
-    """A transformers causal language model."""
+    """A transformers causal language model, with peft's adapters around it where there are any."""
     tokenizer: Any
     """A transformers tokenizer."""
     ends: frozenset[int]
+    vectors: int = 0
+    """Positions in front of the text that an adapter takes."""
+    adapter: str | None = None
+    """The one of the network's adapters that this is, where it has several."""
 
     @property
     def has_chat_template(self) -> bool:
@@ -75,6 +83,7 @@ class LoadedModel:
             )
         if not tokens:
             raise UserError("the prompt is empty, and this model's tokenizer adds no token to begin with; give a text.")
+        self.activate()
         return answer_stream(
             self.network, self.tokenizer, tokens, replace(sampling, max_new_tokens=room), self.ends, on_text
         )
@@ -82,18 +91,27 @@ class LoadedModel:
     def room(self, tokens: Sequence[int], wanted: int) -> int:
         """New tokens, at most `wanted`, for which the model has positions behind `tokens`."""
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        return wanted if limit is None else max(0, min(wanted, limit - len(tokens)))
+        return wanted if limit is None else max(0, min(wanted, limit - self.vectors - len(tokens)))
+
+    def activate(self) -> None:
+        """Makes its adapter the one that `network` runs with, where several share it."""
+        if self.adapter is not None:
+            self.network.set_adapter(self.adapter)
 
 
 class Conversation:
     """Several turns with a model that has a chat template."""
 
     def __init__(self, model: LoadedModel, sampling: Sampling, system: str | None = None) -> None:
-        self._model = model
         self._sampling = sampling
         self._opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._opening)
-        model.prompt_of([*self._opening, {"role": "user", "content": "…"}])  # refuses early what it cannot render
+        self.switch(model)
+
+    def switch(self, model: LoadedModel) -> None:
+        """From now on `model` answers; the turns so far stay. Raises `UserError` where it cannot render them."""
+        model.prompt_of([*self._messages, {"role": "user", "content": "…"}])
+        self._model = model
 
     def ask(self, question: str, on_text: Callable[[str], None]) -> Answered:
         """The model's answer, remembered for later turns. An answer cut short by KeyboardInterrupt is remembered as far
@@ -108,50 +126,103 @@ class Conversation:
         self._messages = list(self._opening)
 
 
-def locate_model(named: str, report: Callable[[str], None]) -> Path:
-    """The directory of a model, tokenizer included: what `find_model` makes of a directory; a Hub id is downloaded.
-
-    `report` is told which checkpoint was chosen, where there is a choice. Raises `UserError` when there is no such
-    model or it is not whole.
-    """
-    path = Path(named).expanduser()
-    if path.is_dir():
-        path = find_model(path, report).directory
-    elif not path.exists() and (path.is_absolute() or named.startswith((".", "~")) or named.count("/") > 1):
-        raise UserError(
-            f"there is no directory {named}; name that of a model, a run or a checkpoint, or a Hub id (owner/name)."
-        )
-    directory = model_directory(Model(path=str(path) if path.exists() else named))
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
-        raise UserError(f"{directory} has no tokenizer (tokenizer.json); save the model's tokenizer beside it.")
-    return directory
-
-
-def load_model(named: str, report: Callable[[str], None] = lambda line: None) -> LoadedModel:
+def load_model(named: str, report: Callable[[str], None] = lambda line: None, base: str | None = None) -> LoadedModel:
     """Loads onto this machine's device, in the dtype the device prefers. Code that ships with a model is never run.
-    `named` and `report` are as in `locate_model`. Raises `UserError` when it cannot be loaded."""
+    `named`, `report` and `base` are as in `locate_model`. Raises `UserError` when it cannot be loaded."""
     quiet_transformers()
-    directory = locate_model(named, report)
-    device = find_device()
+    return load_located(locate_model(named, report, base))
+
+
+def load_located(found: NamedModel) -> LoadedModel:
+    """`load_model` of what was found already."""
+    network = _network(found.weights)
+    if found.adapter is not None:
+        network = reload_adapter(network, found.adapter)
+    return _loaded(found, network.to(find_device().torch_device(0)).eval())
+
+
+def load_adapters(
+    named: str, adapters: Sequence[str], report: Callable[[str], None] = lambda line: None
+) -> list[LoadedModel]:
+    """One model for each of `adapters`, each named like a model; all share the base `named`, which is in memory once.
+
+    Only one of them can answer at a time. Raises `UserError` when something cannot be loaded, and for adapters that
+    cannot share a base: of several kinds, or trained on differently quantized ones.
+    """
+    quiet_transformers()
+    names = _short_names(adapters)
+    found = [locate_model(adapter, report, named) for adapter in adapters]
+    _require_shared_base(found)
+    network = _network(found[0].weights)
+    keys = [f"adapter{i}" for i in range(len(found))]
+    for place, key in zip(found, keys):
+        assert place.adapter is not None, "a whole model has no base"
+        network = reload_adapter(network, place.adapter, name=key)
+    network = network.to(find_device().torch_device(0)).eval()
+    return [replace(_loaded(place, network), name=name, adapter=key) for place, name, key in zip(found, names, keys)]
+
+
+def _network(directory: Path) -> Any:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
         network, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=device.compute_dtypes[0], output_loading_info=True
+            directory, dtype=find_device().compute_dtypes[0], output_loading_info=True
         )
     except UNLOADABLE as error:
-        raise UserError(
-            f"the model cannot be loaded: {_first_line(error).rstrip('.')}; name a whole model, or get it again.",
-            file=directory,
-        ) from error
+        raise _unloadable(directory, error) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise UserError(
-            f"{named} lacks {len(missing)} of its weights, such as {missing[0]}; save or download it again."
+            f"{directory} lacks {len(missing)} of its weights, such as {missing[0]}; save or download it again."
         )
-    ends = end_tokens(tokenizer, directory)
     # The model's own sampling habits (top_k, repetition penalties …) would mix with what the user asks for.
     network.generation_config = GenerationConfig()
-    return LoadedModel(named, network.to(device.torch_device(0)).eval(), tokenizer, ends)
+    return network
+
+
+def _loaded(found: NamedModel, network: Any) -> LoadedModel:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(found.tokenizer)
+    except UNLOADABLE as error:
+        raise _unloadable(found.tokenizer, error) from error
+    vectors = 0
+    if found.adapter is not None and adapter_settings(found.adapter)["peft_type"] in _IN_FRONT:
+        vectors = int(adapter_settings(found.adapter)["num_virtual_tokens"])
+    return LoadedModel(found.name, network, tokenizer, end_tokens(tokenizer, found.generation), vectors=vectors)
+
+
+def _unloadable(directory: Path, error: BaseException) -> UserError:
+    return UserError(
+        f"the model cannot be loaded: {_first_line(error).rstrip('.')}; name a whole model, or get it again.",
+        file=directory,
+    )
+
+
+def _short_names(adapters: Sequence[str]) -> list[str]:
+    """The name of each adapter's run, or of its directory, where these differ; else what the user typed."""
+    short = [
+        next((part for part in reversed(Path(adapter).parts) if part not in _PARTS_OF_RUNS), adapter)
+        for adapter in adapters
+    ]
+    names = short if len(set(short)) == len(short) else list(adapters)
+    if twice := next((name for i, name in enumerate(names) if name in names[:i]), None):
+        raise UserError(f"--adapter names {twice} twice; name each adapter once.")
+    return names
+
+
+def _require_shared_base(found: Sequence[NamedModel]) -> None:
+    first = found[0]
+    for other in found[1:]:
+        if other.weights != first.weights:
+            raise UserError(
+                f"{first.name} and {other.name} were trained on differently quantized copies of their base, so they "
+                "cannot share one; ask each alone."
+            )
+        kinds = [adapter_settings(place.directory)["peft_type"] for place in (first, other)]
+        if kinds[0] != kinds[1]:
+            raise UserError(
+                f"{first.name} is an adapter of the kind {kinds[0].lower()} and {other.name} of the kind "
+                f"{kinds[1].lower()}, which cannot share a base in memory; ask each alone."
+            )
 
 
 def end_tokens(tokenizer: Any, directory: Path) -> frozenset[int]:
@@ -169,7 +240,8 @@ def end_tokens(tokenizer: Any, directory: Path) -> frozenset[int]:
 
 
 def quiet_transformers() -> None:
-    """Keeps transformers' progress bars and advice out of what a command prints; errors still show."""
+    """Keeps transformers' and peft's progress bars and advice out of what a command prints; errors still show."""
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"peft\.")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

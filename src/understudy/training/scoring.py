@@ -20,7 +20,7 @@ from understudy.data.prepare import prepare_evaluation_data
 from understudy.devices.detect import detect_machine
 from understudy.devices.device import find_device
 from understudy.models.architecture import load_config
-from understudy.models.build import make_language_model, open_weights
+from understudy.models.vocabulary_growth import grow_vocabulary
 from understudy.objectives.registry import make_objective
 from understudy.parallel.world import process_group
 from understudy.plan.resolve import resolve
@@ -28,9 +28,11 @@ from understudy.recipe.environment import ProcessEnvironment, cache_directory
 from understudy.recipe.schema import DDP, Model, Parallel, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.registry import make_strategy
+from understudy.training.adapting import adapted_model
 from understudy.training.answering import answer_all
-from understudy.training.inference import load_model, locate_model, quiet_transformers
+from understudy.training.inference import load_located, quiet_transformers
 from understudy.training.metrics import evaluation_metrics
+from understudy.training.named_model import NamedModel, locate_model
 
 __all__ = ["Progress", "Scores", "rouge_l", "score_model"]
 
@@ -74,12 +76,14 @@ def score_model(
     max_new_tokens: int,
     report: Callable[[str], None],
     progress: Progress,
+    base: str | None = None,
 ) -> Scores:
     """Loss as training's own evaluation computes it, from the same tokens, batches and objective; and greedy answers to
     the first `samples` prompts of the set (the recipe's `evaluation.samples` when None).
 
-    The model takes the place of the recipe's, with its own tokenizer. Raises `UserError` when there is no such model or
-    the recipe has no evaluation data. No process group may exist yet.
+    The model, or the adapter and its base (as `locate_model` finds them), takes the place of the recipe's, with its own
+    tokenizer. Raises `UserError` when there is no such model or the recipe has no evaluation data. No process group may
+    exist yet.
     """
     quiet_transformers()
     if recipe.data.eval is None and not recipe.data.eval_fraction:
@@ -88,10 +92,13 @@ def score_model(
             "this recipe has no evaluation data; add `data.eval`, or take part of the training data with "
             "data.eval_fraction=0.05 on the command line.",
         )
-    directory = locate_model(named, report)
+    found = locate_model(named, report, base)
+    weights = _grown(found)
     evaluated = recipe.model_copy(
         update={
-            "model": Model(path=str(directory), attention=recipe.model.attention),
+            "model": Model(path=str(weights), attention=recipe.model.attention),
+            "adapter": None,
+            "quantization": None,
             "strategy": DDP(),
             "parallel": Parallel(),
         }
@@ -100,15 +107,25 @@ def score_model(
     cache = prepare_evaluation_data(
         resolved,
         sources,
-        tokenizer_dir=directory,
-        vocab_size=load_config(directory, resolved.model).get_text_config().vocab_size,
+        tokenizer_dir=found.tokenizer,
+        vocab_size=load_config(weights, resolved.model).get_text_config().vocab_size,
         cache_dir=cache_directory(),
         report=report,
     )
     assert cache is not None, "the recipe has evaluation data"
-    scores = _loss(resolved, directory, cache, progress)
+    scores = _loss(resolved, weights, found.adapter, cache, progress)
     count = min(recipe.evaluation.samples if samples is None else samples, len(cache))
-    return _with_answers(scores, str(directory), resolved, cache, count, max_new_tokens, progress) if count else scores
+    return _with_answers(scores, found, resolved, cache, count, max_new_tokens, progress) if count else scores
+
+
+def _grown(found: NamedModel) -> Path:
+    """The directory of the whole model, with the rows that the adapter's new tokens need."""
+    base = found.base
+    if base is None or base.reference is None or not base.reference.new_tokens:
+        return found.weights
+    return grow_vocabulary(
+        found.weights, Model(path=str(found.weights)), found.tokenizer, find_device(), cache=cache_directory()
+    )
 
 
 def rouge_l(text: str, reference: str) -> float:
@@ -119,7 +136,7 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * LCSseq.similarity(said, expected) / (len(said) + len(expected))
 
 
-def _loss(recipe: Recipe, directory: Path, cache: TokenCache, progress: Progress) -> Scores:
+def _loss(recipe: Recipe, weights: Path, adapter: Path | None, cache: TokenCache, progress: Progress) -> Scores:
     """Under the strategy of a single process, so that precision, packing and sums are training's own."""
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
     device = find_device()
@@ -134,12 +151,11 @@ def _loss(recipe: Recipe, directory: Path, cache: TokenCache, progress: Progress
     with tempfile.TemporaryDirectory(prefix="understudy-") as private:
         alone = ProcessEnvironment(0, 1, 0, 1, f"file://{private}/rendezvous")
         with process_group(alone, torch_device, device.backend) as world:
-            model = make_language_model(directory, recipe.model, device)
-            weights = open_weights(directory, model)
+            adapted = adapted_model(recipe, weights, adapter)
             strategy = make_strategy(recipe, torch_device, world)
             # A strategy owns an optimizer; this one holds no state until it steps.
-            strategy.build(lambda: model, lambda named: torch.optim.SGD([weight for _, weight in named]))
-            strategy.load_state(weights)
+            strategy.build(lambda: adapted.model, lambda named: torch.optim.SGD([weight for _, weight in named]))
+            strategy.load_state(adapted.read)
             progress.begin("evaluating micro-batches", len(batches))
             total = strategy.evaluate(batches, _Watched(make_objective(recipe.objective), progress))
     metrics = evaluation_metrics(total)
@@ -169,10 +185,16 @@ class _Watched:
 
 
 def _with_answers(
-    scores: Scores, named: str, recipe: Recipe, cache: TokenCache, count: int, max_new_tokens: int, progress: Progress
+    scores: Scores,
+    found: NamedModel,
+    recipe: Recipe,
+    cache: TokenCache,
+    count: int,
+    max_new_tokens: int,
+    progress: Progress,
 ) -> Scores:
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
-    loaded = load_model(named)
+    loaded = load_located(found)
     pairs = [tuple(part.tolist() for part in prompt_and_answer(cache, i)) for i in range(count)]
     prompts = [prompt for prompt, _ in pairs]
     reference_ends = {answer[-1] for _, answer in pairs if answer} & set(loaded.tokenizer.all_special_ids)
@@ -182,7 +204,8 @@ def _with_answers(
         prompts,
         [loaded.room(prompt, max_new_tokens) for prompt in prompts],
         ends=loaded.ends | reference_ends,
-        batch_tokens=recipe.training.micro_batch_tokens,
+        # Padding would stand between an adapter's vectors and the text: then each prompt runs alone.
+        batch_tokens=1 if loaded.vectors else recipe.training.micro_batch_tokens,
     )
     progress.begin("generating answers", count)
     matches, overlaps = 0, 0.0
