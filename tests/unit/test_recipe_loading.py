@@ -134,6 +134,20 @@ def test_every_violation_is_reported_at_once_with_its_line(tmp_path: Path) -> No
         ("strategy: {kind: fsdp, offlod: true}", "unknown key `offlod` in `strategy`; did you mean `offload`?"),
         ("strategy: {kind: fdsp}", "`strategy.kind` must be ddp, fsdp or deepspeed, not 'fdsp'; did you mean fsdp?"),
         ("strategy: {offload: true}", "`strategy.kind` is missing; it must be ddp, fsdp or deepspeed."),
+        (
+            "adapter: lorra",
+            "`adapter` must be lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze, not 'lorra'; did you mean lora?",
+        ),
+        (
+            "adapter: {kind: lorra}",
+            "`adapter.kind` must be lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze, not 'lorra'; did you mean lora?",
+        ),
+        (
+            "adapter: {rank: 8}",
+            "`adapter.kind` is missing; it must be lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze.",
+        ),
+        ("adapter: {kind: lora, rank: 0}", "`adapter.rank` must be more than 0, not 0."),
+        ("adapter: {kind: freeze, rank: 8}", "unknown key `rank` in `adapter`"),
         ("strategy: {kind: deepspeed, stage: 4}", "`strategy.stage` must be 0, 1, 2 or 3, not 4."),
         ("training: {micro_batch_tokens: 0}", "`training.micro_batch_tokens` must be more than 0 or auto, not 0."),
         ("training: {compile: yes}", "`training.compile` must be true or false, not 'yes'."),
@@ -294,7 +308,10 @@ WHOLE_RECIPES = st.fixed_dictionaries(
     {
         "name": st.sampled_from(["a", "1e-4", "no", "0o7", "~x", "true"]),
         "model": st.fixed_dictionaries(
-            {"path": TEXT, "config": st.dictionaries(TEXT, SCALARS.filter(lambda v: v == v))}
+            {
+                "path": TEXT,
+                "config": st.dictionaries(TEXT, TEXT | SCALARS.filter(lambda v: v == v and not isinstance(v, str))),
+            }
         ),
         "data": st.fixed_dictionaries({"train": st.just([{"path": "a"}]), "chat_template": st.none() | TEXT}),
         "optimizer": st.sampled_from(["adamw", "sgd", {"kind": "lion", "learning_rate": 3e-7}]),

@@ -83,6 +83,8 @@ def _key(details: ErrorDetails, values: Any) -> tuple[str, ...]:
         elif not (details["type"] == "missing" and i == len(location) - 1):
             continue
         key.append(str(part))
+    if details["type"] == "union_tag_invalid" and isinstance(values, Mapping):
+        key.append("kind")
     return tuple(key)
 
 
@@ -94,7 +96,9 @@ def _sentence(key: tuple[str, ...], details: list[ErrorDetails], values: Mapping
     if "missing" in kinds:
         return f"{dotted} is missing and has no default; add it."
     if "union_tag_not_found" in kinds:
-        tags = [section.model_fields["kind"].default for section in _sections_at(key, values)]
+        tags = [
+            tag for section in _sections_at(key, values) for tag in get_args(section.model_fields["kind"].annotation)
+        ]
         return f"`{'.'.join(key)}.kind` is missing; it must be {_either(tags)}."
     value = _lookup(key, values)
     if key == ("strategy",) and not isinstance(value, Mapping):
@@ -103,8 +107,6 @@ def _sentence(key: tuple[str, ...], details: list[ErrorDetails], values: Mapping
     if isinstance(value, Mapping):
         # Of several union members only one takes mappings; that it is not `auto` as well is no news.
         details = [d for d in details if d["type"] not in ("literal_error", "none_required")] or details
-    if "union_tag_invalid" in kinds:
-        dotted, value = _quoted(f"{'.'.join(key)}.kind"), value.get("kind") if isinstance(value, Mapping) else value
     phrases = list(dict.fromkeys(phrase for detail in details for phrase in _phrases(detail)))
     return _wrong_value(dotted, value, _either(phrases), phrases)
 
