@@ -30,7 +30,7 @@ from understudy.checkpoint.store import verify_checkpoint
 from understudy.checkpoint.weight_files import SHARD_BYTES, as_stored, in_files, write_files
 from understudy.contracts import TensorSpec
 from understudy.errors import UnderstudyError, UserError
-from understudy.models.adapters.directory import is_adapter, open_adapter
+from understudy.models.adapters.directory import is_adapter, open_adapter, read_base
 from understudy.models.adapters.merging import MergedWeights, require_mergeable
 from understudy.models.architecture import load_config
 from understudy.models.quantization.scheme import scheme_of
@@ -102,19 +102,18 @@ def export_merged(
     require_mergeable(adapter)
     open_adapter(adapter)
     step = None if place.checkpoint is None else verify_checkpoint(place.checkpoint).step
+    reference = read_base(adapter)
+    # Before what takes time.
+    _require_dtype(adapter, dtype, is_quantized=reference is not None and reference.quantization is not None)
     found = find_base(adapter, base, report)
     refuse_place(found.original, ModelPlace(found.original, None), out)
     scheme = scheme_of(read_config_file(found.directory))
-    if scheme is not None and dtype is None:
-        raise UserError(
-            f"the base of {adapter} is quantized ({scheme.name}), and merging dequantizes it; say in which dtype to "
-            "store the weights, such as --dtype bf16."
-        )
+    _require_dtype(adapter, dtype, is_quantized=scheme is not None)
     stored = dtype or torch.float32
     tokenizer = adapter if has_tokenizer(adapter) else found.original
-    tokens = _tokens(tokenizer, trust_remote_code)
     model = Model(path=str(found.directory), trust_remote_code=trust_remote_code)
     weights = MergedWeights(found.directory, adapter, model)
+    tokens = _tokens(tokenizer, weights.vocabulary, trust_remote_code)
     expected = _expected_logits(found, adapter, weights, tokens, model)
     split = weights.split_names()
     tied = {name for _, *others in weights.tied for name in others} - set(split)
@@ -147,10 +146,20 @@ def export_merged(
     )
 
 
-def _tokens(directory: Path, trust_remote_code: bool) -> Tensor:
-    """`TEXT` [1, T]."""
+def _require_dtype(adapter: Path, dtype: torch.dtype | None, *, is_quantized: bool) -> None:
+    if is_quantized and dtype is None:
+        raise UserError(
+            f"the base of {adapter} is quantized, and merging dequantizes it; say in which dtype to store the weights, "
+            "such as --dtype bf16."
+        )
+
+
+def _tokens(directory: Path, vocabulary: int, trust_remote_code: bool) -> Tensor:
+    """`TEXT` and tokens from all over the vocabulary, [1, T]: new ones are at its end, and a small tokenizer may know
+    nothing of the text."""
     tokenizer = reload_tokenizer(directory, trust_remote_code=trust_remote_code)
-    return torch.tensor([tokenizer(TEXT).input_ids[:32]])
+    spread = torch.linspace(0, vocabulary - 1, 16).round().long().tolist()
+    return torch.tensor([[*tokenizer(TEXT).input_ids[:16], *spread]])
 
 
 def _expected_logits(base: AdapterBase, adapter: Path, weights: MergedWeights, tokens: Tensor, model: Model) -> Tensor:
@@ -185,7 +194,8 @@ def _difference(
     except UnloadableModelError as error:
         raise UnderstudyError(f"{adapter} merged into its base is no model that loads: it {error.message}") from error
     with torch.no_grad():
-        logits = network.eval()(input_ids=tokens).logits[0].float()
+        # In fp32, so that what rounding the weights has changed is all that is seen.
+        logits = network.eval().float()(input_ids=tokens).logits[0]
     difference = float((logits - expected).abs().max() / expected.abs().max())
     if not difference <= TOLERANCES[dtype]:  # NaN is no proof either
         hint = "" if dtype is torch.float32 else "; without --dtype the weights stay exact"
@@ -230,8 +240,8 @@ def _tokenizer_files(directory: Path) -> Iterator[Path]:
 
 def _set_vocabulary(config: dict[str, Any], weights: MergedWeights) -> None:
     """Where the adapter has grown it."""
-    if weights.grown is None:
+    if not weights.has_grown:
         return
     for section in (config, *(value for key, value in config.items() if key == "text_config")):
         if isinstance(section.get("vocab_size"), int):
-            section["vocab_size"] = weights.grown
+            section["vocab_size"] = weights.vocabulary

@@ -84,9 +84,10 @@ class MergedWeights:
             self.shapes[name] = self._stored(name).shape if name in self._stored.names() else tuple(shape)
         embeddings = network.get_input_embeddings()
         path = next(path for path, module in network.named_modules() if module is embeddings)
-        rows = self.shapes[f"{path}.weight"][0]
-        self.grown: int | None = None if rows == embeddings.weight.shape[0] else rows
-        """How many embeddings there are, where the adapter has others than the base."""
+        self.vocabulary = self.shapes[f"{path}.weight"][0]
+        """How many embeddings there are."""
+        self.has_grown = self.vocabulary != embeddings.weight.shape[0]
+        """Whether the adapter has more of them than the base."""
         inject(built, read_config(adapter), torch.float32)
         self._network = network
         tuners = import_peft().tuners.tuners_utils
