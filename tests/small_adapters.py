@@ -25,6 +25,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
         task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
     "vera": peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj", "up_proj"], save_projection=False),
+    "vera-stored": peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"], save_projection=True),
     "whole": peft.LoraConfig(
         task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
     ),

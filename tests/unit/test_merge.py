@@ -78,7 +78,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return captured.err
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "ia3", "vera", "whole"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "ia3", "vera", "vera-stored", "whole"])
 def test_a_merged_model_computes_what_peft_computes_with_base_and_adapter(
     base: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -200,6 +200,24 @@ def test_tokenizer_and_generation_defaults_are_the_adapters_where_it_has_some(
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages[0].content }}"
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": [4, 5]}
     assert not list((tmp_path / "out").glob("adapter*")) + list((tmp_path / "out").glob("base_model*"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "belongs to a base from which peft took a part"),
+        ({"bias": "all"}, "sets bias, which cannot be merged"),
+        ({"peft_type": "LOHA"}, "only lora, dora, ia3 and vera are merged"),
+    ],
+)
+def test_what_peft_alone_understands_is_not_merged(
+    base: Path, tmp_path: Path, changed: dict[str, str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base, CONFIGS["lora"])
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
+    capsys.readouterr()
+    assert words in refusal(["export", str(adapter), str(tmp_path / "out"), "--merge"], capsys)
 
 
 @pytest.mark.parametrize("kind", ["llama_adapter", "prompt_tuning"])

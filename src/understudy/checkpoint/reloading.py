@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from understudy.errors import UserError
 from understudy.models.adapters.attachment import NAME
-from understudy.models.adapters.directory import open_adapter, read_base, read_config, stored_key
+from understudy.models.adapters.directory import WEIGHTS, open_adapter, read_base, read_config, stored_key
 from understudy.models.adapters.library import import_peft
 from understudy.models.architecture import UNBUILDABLE
 from understudy.models.weights import WeightReader
@@ -82,7 +82,7 @@ def reload_adapter(model: Any, directory: Path, *, name: str = NAME) -> Any:
     except UNLOADABLE as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UnloadableModelError(f"does not load with peft: {reason}", file=directory) from error
-    given = {stored_key(parameter) for parameter in stored.names()}
+    given = WeightReader(directory, only=WEIGHTS).names()
     if missing := sorted(expected.keys() - given):
         raise UnloadableModelError(f"lacks {missing[0]}, of {len(expected)} parameters.", file=directory)
     # An adapter may bring a module of the model whole, as peft does with embeddings that have grown.

@@ -34,6 +34,8 @@ _BESIDE_WEIGHTS = {
 }
 _UNKNOWN = ("bias", "trainable_token_indices", "layer_replication", "target_parameters")
 """Settings of adapters from elsewhere that train or change what no layer's merge takes in."""
+_TAKEN_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Beginnings for which peft changes the base whenever it loads the adapter."""
 
 
 def require_mergeable(directory: Path) -> None:
@@ -49,6 +51,14 @@ def require_mergeable(directory: Path) -> None:
         raise UserError(
             f"{directory} is an adapter of the kind {kind.lower():.40}, and only lora, dora, ia3 and vera are merged; "
             "export it without --merge, and use it on its base."
+        )
+    beginning = str(settings.get("init_lora_weights"))
+    if beginning.startswith(_TAKEN_FROM_BASE):
+        raise UserError(
+            f"sets init_lora_weights to {beginning:.40}, so it belongs to a base from which peft took a part; convert "
+            "it to a plain LoRA where it was trained (path_initial_model_for_weight_conversion of peft's "
+            "save_pretrained).",
+            file=directory / CONFIG,
         )
     for name in _UNKNOWN:
         if settings.get(name) not in (None, False, "none", [], {}):
