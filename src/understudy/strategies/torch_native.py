@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from understudy.contracts import LazyTensor, LossScale, TensorSpec
@@ -18,6 +16,7 @@ from understudy.parallel.world import World
 from understudy.strategies.base import ModuleStrategy
 from understudy.strategies.loss_scale import INITIAL_LOSS_SCALE, next_loss_scale
 from understudy.strategies.precision import Precision
+from understudy.strategies.sharded_tensors import held_slices, joined, local_part, placed_like, sharded_as
 
 __all__ = ["TorchStrategy"]
 
@@ -44,7 +43,7 @@ class TorchStrategy(ModuleStrategy):
         parameters = [parameter for parameter in self._parameters().values() if parameter.grad is not None]
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if self.loss_scale:
-            torch._foreach_mul_([_local(gradient) for gradient in gradients], 1.0 / self.loss_scale.value)
+            torch._foreach_mul_([local_part(gradient) for gradient in gradients], 1.0 / self.loss_scale.value)
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
@@ -75,7 +74,7 @@ class TorchStrategy(ModuleStrategy):
     @torch.no_grad()
     def load_state(self, read: Callable[[str], LazyTensor]) -> None:
         for name, parameter in self._parameters().items():
-            _local(parameter).copy_(read(name)[_held(tuple(parameter.shape), parameter)])
+            local_part(parameter).copy_(read(name)[held_slices(tuple(parameter.shape), parameter)])
 
     def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:
         return self._owned(self._parameters().items(), owner)
@@ -89,14 +88,14 @@ class TorchStrategy(ModuleStrategy):
     @torch.no_grad()
     def load_optimizer_state(self, stored: Mapping[str, Mapping[str, LazyTensor]]) -> None:
         for name, parameter in self._trained().items():
-            kept = {key: _placed_like(value, parameter) for key, value in stored.get(name, {}).items()}
+            kept = {key: placed_like(value, parameter) for key, value in stored.get(name, {}).items()}
             if kept:
                 restore_state(self.optimizer, parameter, kept)
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self._trained().items():
             for key, value in kept_state(self.optimizer, parameter).items():
-                yield f"{name}.{key}", _sharded_as(value, parameter)
+                yield f"{name}.{key}", sharded_as(value, parameter)
 
     def _owned(
         self, tensors: Iterable[tuple[str, Tensor]], owner: Callable[[str], int | None]
@@ -104,73 +103,7 @@ class TorchStrategy(ModuleStrategy):
         for name, tensor in tensors:
             if (rank := owner(name)) is None:
                 continue
-            whole = _joined(tensor, self.device, rank)
+            whole = joined(tensor, self.device, rank)
             if rank == self.world.rank:
                 assert whole is not None, "the owner has it whole"
                 yield name, whole
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _sharded_as(value: Tensor, parameter: Tensor) -> Tensor:
-    """State of a sharded `parameter`: what an optimizer over local shards keeps of one is a shard too."""
-    if not isinstance(parameter, DTensor) or isinstance(value, DTensor) or value.ndim == 0:
-        return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return DTensor.from_local(
-        value, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
-
-
-def _joined(tensor: Tensor, device: torch.device, owner: int) -> Tensor | None:
-    """The whole tensor, on rank `owner`; a collective for DTensors. Others send their shard and may get None. Shards
-    kept in host memory travel over the device."""
-    if not isinstance(tensor, DTensor):
-        return tensor.detach()
-    moved = tensor.detach().to(device)
-    assert isinstance(moved, DTensor)
-    if moved.device_mesh.ndim > 1 or not moved.placements[0].is_shard(0):
-        return moved.full_tensor()
-    rank, ranks, local = dist.get_rank(), dist.get_world_size(), moved.to_local()
-    if rank != owner:
-        if local.numel():
-            _wait([dist.P2POp(dist.isend, local.contiguous(), owner)])
-        return None
-    whole = torch.empty(moved.shape, dtype=moved.dtype, device=device)
-    # Rows are dealt as torch.chunk deals them: the last ranks may have fewer, or none.
-    shares = torch.split(whole, -(-len(whole) // ranks)) if len(whole) else ()
-    if local.numel():
-        shares[rank].copy_(local)
-    _wait([dist.P2POp(dist.irecv, share, peer) for peer, share in enumerate(shares) if peer != rank])
-    return whole
-
-
-def _wait(operations: list[dist.P2POp]) -> None:
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-
-
-def _held(shape: tuple[int, ...], parameter: Tensor) -> tuple[slice, ...]:
-    """The part of a whole of `shape` that this rank holds, when it is sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in shape)
-    local, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, parameter.placements)
-    return tuple(slice(start, start + size) for start, size in zip(offset, local))
-
-
-def _placed_like(stored: LazyTensor, parameter: Tensor) -> Tensor:
-    """What is stored of optimizer state, where `parameter` is: sharded with it if it has its rows, else whole."""
-    if not stored.shape:
-        return stored[()]
-    device = _local(parameter).device
-    if not isinstance(parameter, DTensor):
-        return stored[_held(stored.shape, parameter)].to(device, copy=True)
-    shape, mesh = torch.Size(stored.shape), parameter.device_mesh
-    if shape[0] == parameter.shape[0]:
-        local = stored[_held(shape, parameter)].to(device, copy=True)
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(local, mesh, parameter.placements, run_check=False, shape=shape, stride=stride)
-    whole = stored[_held(shape, torch.empty(()))].to(device, copy=True)
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
