@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from understudy.checkpoint.adapter_base import AdapterBase, find_base
 from understudy.checkpoint.companion_files import copy_files, other_files, set_dtype
@@ -23,6 +22,7 @@ from understudy.checkpoint.reloading import (
     UnloadableModelError,
     has_tokenizer,
     reload_adapter,
+    reload_dequantized,
     reload_model,
     reload_tokenizer,
 )
@@ -32,7 +32,6 @@ from understudy.contracts import TensorSpec
 from understudy.errors import UnderstudyError, UserError
 from understudy.models.adapters.directory import is_adapter, open_adapter, read_base
 from understudy.models.adapters.merging import MergedWeights, require_mergeable
-from understudy.models.architecture import load_config
 from understudy.models.quantization.scheme import scheme_of
 from understudy.models.source import read_config_file
 from understudy.recipe.schema import Model
@@ -114,7 +113,7 @@ def export_merged(
     model = Model(path=str(found.directory), trust_remote_code=trust_remote_code)
     weights = MergedWeights(found.directory, adapter, model)
     tokens = _tokens(tokenizer, weights.vocabulary, trust_remote_code)
-    expected = _expected_logits(found, adapter, weights, tokens, model)
+    expected = _expected_logits(found, adapter, tokens, model)
     split = weights.split_names()
     tied = {name for _, *others in weights.tied for name in others} - set(split)
     layout = {name: TensorSpec(shape, stored) for name, shape in weights.shapes.items() if name not in tied}
@@ -162,23 +161,12 @@ def _tokens(directory: Path, vocabulary: int, trust_remote_code: bool) -> Tensor
     return torch.tensor([[*tokenizer(TEXT).input_ids[:16], *spread]])
 
 
-def _expected_logits(base: AdapterBase, adapter: Path, weights: MergedWeights, tokens: Tensor, model: Model) -> Tensor:
-    """[T, V] fp32: of the base, whole in memory, with the adapter around it. Dequantized weights are put in by us: the
-    kernels of quantized layers round what they take in."""
+def _expected_logits(base: AdapterBase, adapter: Path, tokens: Tensor, model: Model) -> Tensor:
+    """[T, V] fp32: of the base, whole in memory and dequantized, with the adapter around it."""
     if scheme_of(read_config_file(base.directory)) is None:
         network = reload_model(base.directory, dtype=torch.float32, trust_remote_code=model.trust_remote_code)
     else:
-        config = load_config(base.directory, model)
-        del config.quantization_config
-        network = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=model.trust_remote_code
-        )
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(weights.base(name))
-            for name, buffer in network.named_buffers():
-                if name in weights.buffers:
-                    buffer.copy_(weights.buffers[name])
+        network = reload_dequantized(base.directory, model, torch.float32)
     with torch.no_grad():
         logits: Tensor = reload_adapter(network, adapter).eval()(input_ids=tokens).logits[0].float()
     return logits

@@ -11,18 +11,23 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.attachment import NAME
 from understudy.models.adapters.directory import WEIGHTS, open_adapter, read_base, read_config, stored_key
 from understudy.models.adapters.library import import_peft
-from understudy.models.architecture import UNBUILDABLE
+from understudy.models.architecture import UNBUILDABLE, load_config
+from understudy.models.build import make_language_model, open_weights
+from understudy.models.quantization.linear import QuantizedLinear
 from understudy.models.weights import WeightReader
+from understudy.recipe.schema import Model
 
 __all__ = [
     "UNLOADABLE",
     "UnloadableModelError",
     "has_tokenizer",
     "reload_adapter",
+    "reload_dequantized",
     "reload_model",
     "reload_tokenizer",
 ]
@@ -57,6 +62,25 @@ def reload_model(directory: Path, *, dtype: torch.dtype | Literal["auto"], trust
         if found := loading.get(fault):
             raise UnloadableModelError(f"has {fault}: {sorted(map(str, found))[:3]}.", file=directory)
     return model
+
+
+def reload_dequantized(directory: Path, model: Model, dtype: torch.dtype) -> Any:
+    """The transformers model of the dequantized weights in `directory`, a quantized one, for what its own kernels
+    would round or cannot run here. All of it is in memory. Raises `UserError` where it cannot be read."""
+    built = make_language_model(directory, model, find_device(), quantized_dtype=dtype)
+    read, packed = open_weights(directory, built), dict(built.network.named_modules())
+    config = load_config(directory, model)
+    del config.quantization_config
+    network = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            layer = packed[name.rpartition(".")[0]]
+            quantized = isinstance(layer, QuantizedLinear) and name.endswith(".weight")
+            parameter.copy_(layer.codec.dequantize(read(name)[:]) if quantized else read(name)[:])
+        buffers = dict(network.named_buffers())
+        for name, values in built.persistent_buffers().items():
+            buffers[name].copy_(values)
+    return network
 
 
 def reload_adapter(model: Any, directory: Path, *, name: str = NAME) -> Any:

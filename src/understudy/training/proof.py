@@ -10,13 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from understudy.checkpoint.reloading import UnloadableModelError, reload_adapter, reload_model, reload_tokenizer
+from understudy.checkpoint.reloading import (
+    UnloadableModelError,
+    reload_adapter,
+    reload_dequantized,
+    reload_model,
+    reload_tokenizer,
+)
 from understudy.contracts import IGNORED, Batch, Strategy
 from understudy.errors import UnderstudyError
+from understudy.models.quantization.scheme import scheme_of
+from understudy.models.source import read_config_file
 from understudy.models.vocabulary_growth import read_growth
+from understudy.recipe.schema import Model
 
 __all__ = ["TOLERANCES", "Proof", "UnprovenModelError", "prove_model", "trained_logits"]
 
+FAITHFUL = ("nf4", "fp4")
+"""Quantized bases that transformers computes with as training does; other kernels round activations too, or need a
+device."""
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Largest difference between two logits, as a share of the largest logit: what the kernels of the two computations,
 packed and not, may differ by through a deep network in that dtype."""
@@ -59,14 +71,10 @@ def prove_model(
     tokens of a text changed, or when logits differ by more than the dtype's tolerance. No collective.
     """
     try:
-        growth = None if base is None else read_growth(base)
-        whole = (base or directory) if growth is None else growth.directory
-        model = reload_model(whole, dtype=dtype, trust_remote_code=trust_remote_code)
-        if growth is not None:
-            # The adapter has all rows that there are now.
-            model.resize_token_embeddings(growth.vocabulary, mean_resizing=False)
-        if base is not None:
-            model = _computing_in(dtype, reload_adapter(model, directory))
+        if base is None:
+            model = reload_model(directory, dtype=dtype, trust_remote_code=trust_remote_code)
+        else:
+            model = _computing_in(dtype, reload_adapter(_reload_base(base, dtype, trust_remote_code), directory))
         reloaded = reload_tokenizer(directory, trust_remote_code=trust_remote_code)
     except UnloadableModelError as error:
         raise UnprovenModelError(f"the model saved in {directory} {error.message}") from error
@@ -76,7 +84,11 @@ def prove_model(
         # Else bitsandbytes takes a kernel for inference, which rounds to bf16 whatever it is given.
         model.enable_input_require_grads()
     with torch.set_grad_enabled(quantized):
-        logits = [model.eval()(input_ids=tokens.unsqueeze(0)).logits[0].detach().float() for tokens in documents]
+        # A learned prompt comes before the tokens.
+        logits = [
+            model.eval()(input_ids=tokens.unsqueeze(0)).logits[0, -len(tokens) :].detach().float()
+            for tokens in documents
+        ]
     scale = float(expected.abs().max())
     proof = Proof(float((torch.cat(logits) - expected).abs().max()) / scale, TOLERANCES[dtype], len(expected))
     if not proof.difference <= proof.tolerance:  # NaN is no proof either
@@ -85,6 +97,15 @@ def prove_model(
             f"{proof.difference:.1e} of the largest, more than {proof.tolerance:.0e}; it is kept there for inspection."
         )
     return proof
+
+
+def _reload_base(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    growth = read_growth(directory)  # the adapter brings the rows that were added
+    whole = directory if growth is None else growth.directory
+    scheme = scheme_of(read_config_file(whole))
+    if scheme is None or scheme.name in FAITHFUL:
+        return reload_model(whole, dtype=dtype, trust_remote_code=trust_remote_code)
+    return reload_dequantized(whole, Model(path=str(whole), trust_remote_code=trust_remote_code), dtype)
 
 
 def _computing_in(dtype: torch.dtype, adapted: Any) -> Any:

@@ -117,7 +117,11 @@ def read_base(directory: Path) -> BaseReference | None:
             residual_rank=values["residual_rank"],
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"does not say which model the adapter belongs to ({error}).", file=directory / BASE) from error
+        raise UserError(
+            f"does not say which model the adapter belongs to (no {error}); get the adapter again, or remove the file "
+            "and name the model with --base.",
+            file=directory / BASE,
+        ) from error
 
 
 def write_base(directory: Path, base: BaseReference) -> None:

@@ -16,8 +16,7 @@ def require_peft() -> None:
     """Raises `UserError` saying what to install where peft is absent. Takes no time."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
-            "adapters need peft, which is not installed; run `pip install 'understudy[adapters]'`, or train a part of "
-            "the model's own parameters with `adapter: freeze`.",
+            "adapters need peft, which is not installed; run `pip install 'understudy[adapters]'`.",
             key="adapter",
         )
 
