@@ -1,0 +1,116 @@
+"""What a teacher says about the supervised positions of one micro-batch: all its logits, the largest few, or draws.
+
+Shape letters: N supervised positions, n of them, Vt the teacher's classes, Ht its hidden width, k kept, m drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from understudy.models.logits import Identity, LogitTransform
+
+__all__ = ["DenseTargets", "SampledTargets", "Targets", "TargetsPart", "TeacherLogits", "TopKTargets"]
+
+
+class Targets(Protocol):
+    """On the student's device, in the order of the supervised positions."""
+
+    def __len__(self) -> int:
+        """N."""
+        ...
+
+    def part(self, rows: slice) -> TargetsPart:
+        """What it says about those positions; `rows` has both ends, and may be empty. Runs without gradient."""
+        ...
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """Logits of every class, in memory."""
+
+    logits: Tensor
+    """[N, Vt] fp32, not divided by a temperature."""
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    def part(self, rows: slice) -> TeacherLogits:
+        return TeacherLogits(self.logits[rows])
+
+
+@dataclass(frozen=True)
+class DenseTargets:
+    """Logits of every class, made a chunk at a time, so that only a chunk's exist."""
+
+    logits: Callable[[slice], Tensor]
+    """[n, Vt] fp32 of the positions asked for, not divided by a temperature."""
+    count: int
+    """N."""
+
+    @classmethod
+    def from_hidden(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None = None, transform: LogitTransform | None = None
+    ) -> DenseTargets:
+        """From the teacher's final hidden states [N, Ht], its head's weight [Vt, Ht] and bias [Vt], all of one dtype,
+        in which the product runs, and what its architecture makes of raw logits (by default nothing)."""
+        to_logits = transform or Identity()
+
+        def logits(rows: slice) -> Tensor:
+            # A caller's autocast would cast the weight anew in each chunk.
+            with torch.autocast(hidden.device.type, enabled=False):
+                raw = F.linear(hidden[rows], weight, bias)
+            return to_logits(raw if raw.dtype == torch.float64 else raw.float(), derivative=False)[0]
+
+        return cls(logits, len(hidden))
+
+    def __len__(self) -> int:
+        return self.count
+
+    def part(self, rows: slice) -> TeacherLogits:
+        return TeacherLogits(self.logits(rows))
+
+
+@dataclass(frozen=True)
+class TopKTargets:
+    """The likeliest classes' log-probabilities, and all others' as one. The temperature is in them already.
+
+    They need not sum to one exactly: stored values are rounded, and the loss renormalises.
+    """
+
+    ids: Tensor
+    """[N, k] int64, different in a row, the likeliest first."""
+    log_probs: Tensor
+    """[N, k] fp32."""
+    tail: Tensor
+    """[N] fp32: log of the remaining mass, −inf where none is."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, rows: slice) -> TopKTargets:
+        return TopKTargets(self.ids[rows], self.log_probs[rows], self.tail[rows])
+
+
+@dataclass(frozen=True)
+class SampledTargets:
+    """Classes drawn from the teacher with replacement, at the temperature of the loss. A class may come more than once
+    and counts as often (Anshumann et al., 2025, "Sparse Logit Sampling")."""
+
+    ids: Tensor
+    """[N, m] int64."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def part(self, rows: slice) -> SampledTargets:
+        return SampledTargets(self.ids[rows])
+
+
+TargetsPart = TeacherLogits | TopKTargets | SampledTargets
+"""What the loss can compare with a student; each kind needs a comparison of its own."""
