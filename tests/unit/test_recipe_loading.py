@@ -253,7 +253,9 @@ def test_the_json_schema_admits_bare_strings_and_asks_for_no_name() -> None:
     assert "zero3-offload" in properties["strategy"]["anyOf"][0]["enum"]
     assert "auto" in properties["strategy"]["anyOf"][0]["enum"]
     assert properties["optimizer"]["anyOf"][0]["enum"][0] == "adamw"
-    assert properties["objective"]["anyOf"][0]["enum"] == ["causal_lm"]
+    assert properties["objective"]["anyOf"][0]["enum"] == ["causal_lm"]  # the others need a teacher
+    assert {"lora", "dora", "ia3", "freeze"} <= set(properties["adapter"]["anyOf"][0]["enum"])
+    assert {"type": "null"} in properties["adapter"]["anyOf"]
     assert schema["$defs"]["Training"]["properties"]["seed"]["description"]
 
 

@@ -9,7 +9,7 @@ from understudy.recipe.schema import Recipe
 
 __all__ = ["recipe_json_schema"]
 
-_BARE_KINDS = ("objective", "optimizer", "schedule")
+_BARE_KINDS = ("adapter", "objective", "optimizer", "schedule")
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -37,11 +37,13 @@ def _alternatives(field: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _kinds(schema: dict[str, Any], field: dict[str, Any]) -> list[str]:
-    """Every value that `kind` takes in the mappings that `field` refers to."""
+    """Every value that `kind` takes in the mappings that `field` refers to and that need no other field."""
     kinds: list[str] = []
     for part in _alternatives(field):
         for reference in [part, *part.get("oneOf", [])]:
             if "$ref" in reference:
-                kind = schema["$defs"][reference["$ref"].rpartition("/")[2]]["properties"]["kind"]
-                kinds += kind["enum"] if "enum" in kind else [kind["const"]]
+                section = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+                kind = section["properties"]["kind"]
+                if not section.get("required"):
+                    kinds += kind["enum"] if "enum" in kind else [kind["const"]]
     return kinds
