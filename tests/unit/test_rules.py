@@ -48,6 +48,7 @@ def violations(changes: dict[str, Any]) -> dict[str, str]:
 
 HYBRID = {"kind": "fsdp", "sharding": "hybrid_shard"}
 RANDOM = {"init": "random", "tokenizer": "t", "config": {"model_type": "llama"}}
+PRUNED = {"path": "m", "init": "pruned"}
 
 # Rule; recipes it refuses, by the key it names; recipes near them that it lets pass.
 CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] = [
@@ -65,7 +66,11 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
             {"training.global_batch_size": 1},
         ],
     ),
-    ("a_pretrained_model_has_a_path", [("model", {"model": {}}), ("model", {"model": {"path": ""}})], [{}]),
+    (
+        "a_pretrained_model_has_a_path",
+        [("model", {"model": {}}), ("model", {"model": {"init": "pruned", "layers": [0]}})],
+        [{}],
+    ),
     (
         "a_random_model_has_an_architecture",
         [("model", {"model": {"init": "random", "tokenizer": "t"}})],
@@ -88,6 +93,47 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
             ("model.new_tokens", {"model": {"path": "m", "new_tokens": [" "]}}),
         ],
         [{"model": {"path": "m", "new_tokens": ["<a>", "<A>"]}}],
+    ),
+    (
+        "only_a_pruned_model_is_cut",
+        [
+            ("model.layers", {"model": {"path": "m", "layers": [0, 2]}}),
+            ("model.hidden_size", {"model": {"path": "m", "init": "random", "hidden_size": 64}}),
+        ],
+        [{"model": {"path": "m", "init": "pruned", "layers": [0, 2], "hidden_size": 64}}, {"model": {"path": "m"}}],
+    ),
+    (
+        "a_pruned_model_is_cut",
+        [("model.init", {"model": {"path": "m", "init": "pruned"}})],
+        [{"model": {"path": "m", "init": "pruned", "keep_heads": 4}}],
+    ),
+    (
+        "kept_layers_are_in_order",
+        [
+            ("model.layers", {"model": {**PRUNED, "layers": [0, 2, 2]}}),
+            ("model.layers", {"model": {**PRUNED, "layers": [0, 2, 1]}}),
+        ],
+        [{"model": {**PRUNED, "layers": [0, 2, 5]}}, {"model": {**PRUNED, "layers": [7]}}],
+    ),
+    (
+        "a_rule_for_layers_has_a_number",
+        [
+            ("model.layers", {"model": {**PRUNED, "layers": "uniform"}}),
+            ("model.keep_layers", {"model": {**PRUNED, "layers": [0, 1], "keep_layers": 2}}),
+            ("model.keep_layers", {"model": {**PRUNED, "keep_layers": 2}}),
+        ],
+        [
+            {"model": {**PRUNED, "layers": "importance", "keep_layers": 2}},
+            {"model": {**PRUNED, "intermediate_size": 64}},
+        ],
+    ),
+    (
+        "the_sizes_of_a_pruned_model_are_what_it_keeps",
+        [("model.config.num_hidden_layers", {"model": {**PRUNED, "layers": [0], "config": {"num_hidden_layers": 1}}})],
+        [
+            {"model": {**PRUNED, "layers": [0], "config": {"attention_dropout": 0.1}}},
+            {"model": {"path": "m", "config": {"hidden_size": 64}}},
+        ],
     ),
     (
         "every_source_has_a_path",

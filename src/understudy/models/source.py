@@ -24,20 +24,20 @@ _OTHER_WEIGHTS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.gguf", "tf_model.h5"
 
 
 def model_directory(model: schema.Model) -> Path:
-    """The directory that holds the model's config.json, tokenizer and, for `init: pretrained`, its weights.
+    """The directory that holds the model's config.json, tokenizer and, but for `init: random`, its weights.
 
     A directory is taken as it is; anything else is a Hub id, of which only those files are downloaded, at
     `model.revision`. Raises `UserError` when there is no such model or something it needs is missing.
     """
     if model.path is None:
         raise UserError("model.path is missing; name a Hub id or a directory.")
-    pretrained = model.init == "pretrained"
-    directory = _local_or_snapshot(model.path, model.revision, _TOKENIZER_FILES + (_WEIGHT_FILES if pretrained else []))
+    weighted = model.init != "random"
+    directory = _local_or_snapshot(model.path, model.revision, _TOKENIZER_FILES + (_WEIGHT_FILES if weighted else []))
     if not (directory / "config.json").is_file():
         inside = directory / "model"
         instead = f"name {inside}" if (inside / "config.json").is_file() else "check model.path"
         raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; {instead}.")
-    if pretrained:
+    if weighted:
         _require_safetensors(directory)
     return directory
 

@@ -42,8 +42,8 @@ class Model(Section):
     """Hub branch, tag or commit."""
     tokenizer: str | None = None
     """Hub id or directory of the tokenizer; the model's own when left out."""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """`random` builds the architecture from `config` and reads no weights."""
+    init: Literal["pretrained", "random", "pruned"] = "pretrained"
+    """`random` builds the architecture from `config` and reads no weights; `pruned` cuts a smaller one from `path`."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Overrides of the model's configuration; with `init: random` and no `path` also `model_type` and the sizes."""
     attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
@@ -52,6 +52,20 @@ class Model(Section):
     """Run code that ships with the model. Honoured from the command line only."""
     new_tokens: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)] = ()
     """Special tokens to add to the tokenizer; embeddings grow with it."""
+    layers: (
+        Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(min_length=1, strict=False)]
+        | Literal["uniform", "first", "first_and_last", "importance"]
+        | None
+    ) = None
+    """With `init: pruned`, the layers to keep: their numbers from 0, or a rule to choose `keep_layers` of them."""
+    keep_layers: Count | None = None
+    """With `init: pruned` and a rule in `layers`, how many layers to keep."""
+    keep_heads: Count | None = None
+    """With `init: pruned`, how many query heads of each layer to keep, by importance, whole key-value groups."""
+    intermediate_size: Count | None = None
+    """With `init: pruned`, how many feed-forward channels of each layer to keep, by importance."""
+    hidden_size: Count | None = None
+    """With `init: pruned`, how many dimensions of the hidden states to keep, by importance."""
 
 
 class DataSource(Section):

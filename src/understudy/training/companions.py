@@ -70,7 +70,7 @@ def make_companions(
         for name in SPECIAL_TOKENS:
             if name not in model.config:
                 setattr(config, name, getattr(tokenizer, name))
-    generation = _stored_generation(model_directory) if model.init == "pretrained" else None
+    generation = _stored_generation(model_directory) if model.init != "random" else None
     generation = generation or GenerationConfig.from_model_config(config)
     own = generation.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *_answer_ends(train, tokenizer)}

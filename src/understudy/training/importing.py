@@ -32,7 +32,7 @@ from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.training.prepare import grown_model, materialized_model
+from understudy.training.prepare import data_preparer, grown_model, materialized_model
 
 __all__ = ["import_deepspeed_checkpoint"]
 
@@ -51,7 +51,8 @@ def import_deepspeed_checkpoint(
         raise UserError("exists, and nothing is overwritten; name a directory that does not exist.", file=out)
     with sources.placing("model.path" if recipe.model.path else "model"):
         tokenizer = prepared_tokenizer(recipe.model, cache_directory())
-        model_directory = grown_model(recipe, materialized_model(recipe), tokenizer)
+        data = data_preparer(recipe, sources, tokenizer, report)
+        model_directory = grown_model(recipe, materialized_model(recipe, tokenizer, data, report), tokenizer)
         network = make_language_model(model_directory, recipe.model, find_device()).network
     names = [name for name, _ in network.named_parameters()]
     out.parent.mkdir(parents=True, exist_ok=True)

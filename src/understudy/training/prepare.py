@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -13,11 +14,12 @@ from understudy.checkpoint.places import MODEL
 from understudy.checkpoint.safetensors_writer import spec_bytes
 from understudy.contracts import TensorSpec
 from understudy.data.cache import TokenCache
-from understudy.data.prepare import prepare_data
+from understudy.data.prepare import PreparedData, prepare_data
 from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.directory import is_adapter, read_base
 from understudy.models.adapters.new_tokens import require_trained_vocabulary
+from understudy.models.architecture import load_config
 from understudy.models.identity import model_digest
 from understudy.models.initialization import materialize_random
 from understudy.models.names import canonical_name
@@ -36,9 +38,10 @@ from understudy.training.adapting import Adapted, adapted_model, find_adapter, r
 from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
 from understudy.training.job import Job
+from understudy.training.pruning import pruned_model
 from understudy.training.worker import training_data
 
-__all__ = ["Prepared", "grown_model", "materialized_model", "prepare_job", "require_fit"]
+__all__ = ["Prepared", "data_preparer", "grown_model", "materialized_model", "prepare_job", "require_fit"]
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,9 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     """
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = prepared_tokenizer(recipe.model, cache_directory())
+    prepared_data = data_preparer(recipe, sources, tokenizer, report)
     with sources.placing("model.path" if recipe.model.path else "model"):
-        original = materialized_model(recipe)
+        original = materialized_model(recipe, tokenizer, prepared_data, report)
         directory = grown_model(recipe, quantized_model(recipe, original, report), tokenizer)
         adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
     with sources.placing("adapter"):
@@ -86,14 +90,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         checkpoint_bytes = _checkpoint_bytes(adapted, recipe)
     with sources.placing("strategy"):
         prepare_strategy(recipe, report)
-    data = prepare_data(
-        recipe,
-        sources,
-        tokenizer_dir=tokenizer,
-        vocab_size=config.vocab_size,
-        cache_dir=cache_directory(),
-        report=report,
-    )
+    data = prepared_data(config.vocab_size)
     train = TokenCache.open(data.train)
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
@@ -142,11 +139,43 @@ def _read_companions(
         make_companions(directory, recipe.model, tokenizer, train, adapter)
 
 
-def materialized_model(recipe: Recipe) -> Path:
-    """The directory of the recipe's model, with its weights; random ones are made, once."""
-    if recipe.model.init == "random":
-        return materialize_random(recipe.model, recipe.training.seed, cache_directory())
-    return model_directory(recipe.model)
+def data_preparer(
+    recipe: Recipe, sources: SourceMap, tokenizer: Path, report: Callable[[str], None]
+) -> Callable[[int], PreparedData]:
+    """Gives the recipe's data for a model with so many embeddings. It is prepared when it is first asked for: after the
+    model, which is refused sooner, but before one that is cut by what it does with the data."""
+
+    @cache
+    def prepared(vocabulary: int) -> PreparedData:
+        return prepare_data(
+            recipe,
+            sources,
+            tokenizer_dir=tokenizer,
+            vocab_size=vocabulary,
+            cache_dir=cache_directory(),
+            report=report,
+        )
+
+    return prepared
+
+
+def materialized_model(
+    recipe: Recipe, tokenizer: Path, data: Callable[[int], PreparedData], report: Callable[[str], None]
+) -> Path:
+    """The directory of the recipe's model, with its weights; a random or a pruned one is made, once. `data` is asked
+    only for one that is cut by importance."""
+    model = recipe.model
+    if model.init == "random":
+        return materialize_random(model, recipe.training.seed, cache_directory())
+    directory = model_directory(model)
+    if model.init == "pretrained":
+        return directory
+
+    def measured_on() -> tuple[Path, TokenCache]:
+        grown = grown_model(recipe, directory, tokenizer)
+        return grown, TokenCache.open(data(load_config(grown, model).get_text_config().vocab_size).train)
+
+    return pruned_model(model, directory, measured_on, cache=cache_directory(), report=report)
 
 
 def quantized_model(recipe: Recipe, directory: Path, report: Callable[[str], None]) -> Path:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from understudy.recipe.rules.rule import Violations, rule
 from understudy.recipe.schema import Recipe
+
+_CUTTING = ("layers", "keep_layers", "keep_heads", "intermediate_size", "hidden_size")
+_SIZES = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size"),
+    *("hidden_size", "layer_types", "vocab_size"),
+)
 
 
 @rule
 def a_pretrained_model_has_a_path(recipe: Recipe) -> Violations:
-    if recipe.model.init == "pretrained" and not recipe.model.path:
+    if recipe.model.init != "random" and not recipe.model.path:
         yield (
             "model",
             "`model.path` is missing; name a Hub id or a directory, or build a new model with `init: random`.",
@@ -43,6 +51,57 @@ def new_tokens_are_different_words(recipe: Recipe) -> Violations:
         yield "model.new_tokens", "`model.new_tokens` names a token of white space only; remove it."
     if twice := [token for number, token in enumerate(tokens) if token in tokens[:number]]:
         yield "model.new_tokens", f"`model.new_tokens` names {twice[0]!r:.60} twice; remove one of them."
+
+
+@rule
+def only_a_pruned_model_is_cut(recipe: Recipe) -> Violations:
+    if recipe.model.init != "pruned":
+        for name in _CUTTING:
+            if getattr(recipe.model, name) is not None:
+                yield f"model.{name}", f"`model.{name}` says what to cut; set `model.init` to pruned, or remove it."
+
+
+@rule
+def a_pruned_model_is_cut(recipe: Recipe) -> Violations:
+    if recipe.model.init == "pruned" and all(getattr(recipe.model, name) is None for name in _CUTTING):
+        yield (
+            "model.init",
+            "`init: pruned` needs what to keep: `model.layers`, `keep_heads`, `intermediate_size` or `hidden_size`.",
+        )
+
+
+@rule
+def kept_layers_are_in_order(recipe: Recipe) -> Violations:
+    layers = recipe.model.layers
+    if not isinstance(layers, tuple):
+        return
+    for before, after in pairwise(layers):
+        if before == after:
+            yield "model.layers", f"`model.layers` names layer {after} twice; remove one of them."
+        elif before > after:
+            yield "model.layers", f"`model.layers` names layer {after} after {before}; put them in ascending order."
+
+
+@rule
+def a_rule_for_layers_has_a_number(recipe: Recipe) -> Violations:
+    layers, count = recipe.model.layers, recipe.model.keep_layers
+    if isinstance(layers, str) and count is None:
+        yield "model.layers", f"`model.keep_layers` is missing; say how many layers `layers: {layers}` is to keep."
+    if isinstance(layers, tuple) and count is not None:
+        yield "model.keep_layers", "`model.layers` lists the layers to keep already; remove `model.keep_layers`."
+    if layers is None and count is not None and recipe.model.init == "pruned":
+        yield "model.keep_layers", "`model.layers` is missing; say by which rule to choose the layers, such as uniform."
+
+
+@rule
+def the_sizes_of_a_pruned_model_are_what_it_keeps(recipe: Recipe) -> Violations:
+    if recipe.model.init == "pruned":
+        for name in _SIZES:
+            if name in recipe.model.config:
+                yield (
+                    f"model.config.{name}",
+                    f"`model.config.{name}` contradicts `init: pruned`: sizes are those of what is kept; remove it.",
+                )
 
 
 @rule
