@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Batch:
     """[T] int64, restarts at 0 in each document."""
     document_offsets: Tensor
     """[D+1] int32, first 0, last T. Always on the CPU: kernels' launch parameters are read from it without a sync."""
+    targets: Any = None
+    """What a teacher says about the supervised positions, in order; its objective knows its type."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with `tokens`, `labels` and `positions` on `device`; offsets stay on the CPU."""
@@ -216,6 +218,10 @@ class Strategy(Protocol):
 
     def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
         """Sums over all ranks, without gradient, module in eval mode."""
+        ...
+
+    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
+        """As `logits`: final hidden states [len(at), H], in the compute dtype."""
         ...
 
     def logits(self, batch: Batch, at: Tensor) -> Tensor:

@@ -7,13 +7,16 @@ ranks hold different amounts, some hold none, and steps differ in their number o
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.divergence_formulas import formula
 from understudy.contracts import IGNORED, Batch
 
 VOCABULARY = 64
@@ -21,9 +24,11 @@ ADAPTERS_OWN = re.compile(r"lora_|ia3_|vera_lambda|adaption_|prompt_encoder|modu
 Document = tuple[torch.Tensor, torch.Tensor]
 
 
-def write_model(directory: Path, *, tied: bool, hidden_size: int = 32, intermediate_size: int = 64) -> None:
+def write_model(
+    directory: Path, *, tied: bool, hidden_size: int = 32, intermediate_size: int = 64, seed: int = 0
+) -> None:
     """A random two-layer Llama, fp32, as a Hugging Face directory."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
@@ -87,6 +92,32 @@ def summed_loss(model: torch.nn.Module, documents: list[Document]) -> torch.Tens
     return total
 
 
+@dataclass(frozen=True)
+class Distilled:
+    """What is learned of a teacher instead of the labels alone."""
+
+    teacher: Path | None
+    """None for the model itself without its adapter."""
+    divergence: str
+    temperature: float
+    cross_entropy_weight: float
+
+
+def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, teacher: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    tau, weight = wanted.temperature, wanted.cross_entropy_weight
+    for tokens, labels in documents:
+        at = labels != IGNORED
+        with torch.no_grad(), model.disable_adapter() if teacher is None else nullcontext():
+            told = (teacher or model)(input_ids=tokens[None]).logits[0][at]
+        said = model(input_ids=tokens[None]).logits[0][at]
+        p, q = (torch.log_softmax(logits / tau, dim=1) for logits in (told, said))
+        apart = formula(wanted.divergence)(p, q).sum()
+        entropy = torch.nn.functional.cross_entropy(said, labels[at], reduction="sum")
+        total = total + (1 - weight) * tau**2 * apart + weight * entropy
+    return total
+
+
 def solve(
     directory: Path,
     *,
@@ -97,6 +128,7 @@ def solve(
     decay: float,
     adapter: Path | None = None,
     trained: re.Pattern[str] | None = None,
+    distilled: Distilled | None = None,
 ) -> Solution:
     """One process, fp64, transformers' own loss, one document at a time, no packing and no chunks.
 
@@ -121,11 +153,20 @@ def solve(
         torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=learning_rate)
     else:
         torch_optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
+    teacher = None
+    if distilled is not None and distilled.teacher is not None:
+        teacher = AutoModelForCausalLM.from_pretrained(distilled.teacher, dtype=torch.float64)
+
+    def summed(documents: list[Document]) -> torch.Tensor:
+        return (
+            summed_loss(model, documents) if distilled is None else distilled_loss(model, documents, distilled, teacher)
+        )
+
     losses, norms = [], []
     for step in range(steps):
         documents = global_batch(step)
         count = num_supervised(documents)
-        total = summed_loss(model, documents)
+        total = summed(documents)
         (total / count).backward()
         norm = torch.nn.utils.clip_grad_norm_(learned, max_norm if max_norm is not None else float("inf"))
         torch_optimizer.step()
@@ -134,7 +175,7 @@ def solve(
         norms.append(float(norm))
     with torch.no_grad():
         documents = global_batch(0)
-        evaluation = float(summed_loss(model, documents)) / num_supervised(documents)
+        evaluation = float(summed(documents)) / num_supervised(documents)
     if adapter is None:
         weights = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
     else:

@@ -36,7 +36,15 @@ RECIPE = Recipe.model_validate(
 def test_a_job_is_read_back_as_it_was_written(tmp_path: Path, evaluation: Path | None) -> None:
     sources = SourceMap("recipe.yaml", {"model.path": 3}, frozenset({"optimizer.kind"}))
     job = Job(
-        RECIPE, sources, Path("run"), Path("model"), Path("adapter"), Path("tokenizer"), Path("cache/t"), evaluation
+        recipe=RECIPE,
+        sources=sources,
+        run_directory=Path("run"),
+        model_directory=Path("model"),
+        adapter_directory=Path("adapter"),
+        tokenizer_directory=Path("tokenizer"),
+        teacher=TeacherPlace(Path("teacher"), None, 7),
+        train=Path("cache/t"),
+        evaluation=evaluation,
     )
     write_job(tmp_path / "job.json", job)
     assert read_job(tmp_path / "job.json") == job

@@ -27,6 +27,7 @@ from tests.small_models import CONFIGS, SIZES, recipe
 from understudy.errors import UserError
 from understudy.models.initialization import materialize_random
 from understudy.models.quantization import materialize
+from understudy.models.quantization.bitsandbytes_package import bitsandbytes_functional
 from understudy.models.quantization.codec import ALIGNMENT, Codec
 from understudy.models.quantization.codecs.bitsandbytes_4bit import FourBit
 from understudy.models.quantization.codecs.bitsandbytes_4bit import quantize as quantize_4bit
@@ -398,6 +399,7 @@ def test_a_model_without_linear_layers_is_refused(cache: Path) -> None:
 
 def test_a_missing_package_is_named(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", None)
+    bitsandbytes_functional.cache_clear()
     with pytest.raises(UserError, match=r"pip install 'understudy\[quantization\]'"):
         quantized(llama, "nf4", tmp_path)
     assert not list(tmp_path.iterdir())

@@ -59,6 +59,9 @@ def test_an_exponent_without_a_point_is_a_number(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL + "optimizer: {learning_rate: 1e-4}").optimizer.learning_rate == 1e-4
 
 
+ADAPTERS = "lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze"
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -136,11 +139,11 @@ def test_every_violation_is_reported_at_once_with_its_line(tmp_path: Path) -> No
         ("strategy: {offload: true}", "`strategy.kind` is missing; it must be ddp, fsdp or deepspeed."),
         (
             "adapter: lorra",
-            "`adapter` must be lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze, not 'lorra'; did you mean lora?",
+            f"`adapter` must be {ADAPTERS}, not 'lorra'; did you mean lora?",
         ),
         (
             "adapter: {kind: lorra}",
-            "`adapter.kind` must be lora, dora, ia3, vera, llama_adapter, prompt_tuning or freeze, not 'lorra'; did you mean lora?",
+            f"`adapter.kind` must be {ADAPTERS}, not 'lorra'; did you mean lora?",
         ),
         (
             "adapter: {rank: 8}",

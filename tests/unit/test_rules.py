@@ -47,6 +47,9 @@ def violations(changes: dict[str, Any]) -> dict[str, str]:
 
 
 HYBRID = {"kind": "fsdp", "sharding": "hybrid_shard"}
+TAUGHT = {"kind": "distillation", "teacher": {"kind": "resident", "path": "t"}}
+CACHED = {"kind": "distillation", "teacher": {"kind": "cache", "path": "t", "targets": "samples", "k": 12}}
+HIDDEN = {"kind": "cache", "path": "t", "targets": "hidden"}
 RANDOM = {"init": "random", "tokenizer": "t", "config": {"model_type": "llama"}}
 PRUNED = {"path": "m", "init": "pruned"}
 
@@ -167,6 +170,42 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         "resuming_has_a_place",
         [("checkpoint.resume", {"checkpoint.resume": " "})],
         [{"checkpoint.resume": "never"}, {"checkpoint.resume": "runs/a/checkpoints/step-00000010"}],
+    ),
+    (
+        "every_divergence_field_is_read",
+        [
+            ("objective.alpha", {"objective": {**TAUGHT, "alpha": 0.2}}),
+            ("objective.beta", {"objective": {**TAUGHT, "divergence": "skew_forward_kl", "beta": 0.2}}),
+        ],
+        [
+            {"objective": {**TAUGHT, "divergence": "jsd", "beta": 0.2}},
+            {"objective": {**TAUGHT, "divergence": "skew_reverse_kl", "alpha": 0.2}},
+        ],
+    ),
+    (
+        "a_base_teaches_without_its_adapter",
+        [
+            ("objective.teacher", {"objective": {"kind": "distillation", "teacher": "base"}}),
+            ("objective.teacher", {"objective": {"kind": "distillation", "teacher": "base"}, "adapter": "freeze"}),
+            (
+                "adapter.train",
+                {
+                    "objective": {"kind": "distillation", "teacher": "base"},
+                    "adapter": {"kind": "lora", "train": ["head"]},
+                },
+            ),
+        ],
+        [{"objective": {"kind": "distillation", "teacher": "base"}, "adapter": "lora"}, {"objective": TAUGHT}],
+    ),
+    (
+        "draws_estimate_forward_kl_alone",
+        [("objective.divergence", {"objective": {**CACHED, "divergence": "jsd"}})],
+        [{"objective": CACHED}, {"objective": {**TAUGHT, "divergence": "jsd"}}],
+    ),
+    (
+        "hidden_states_have_no_k",
+        [("objective.teacher.k", {"objective": {**TAUGHT, "teacher": {**HIDDEN, "k": 3}}})],
+        [{"objective": {**TAUGHT, "teacher": HIDDEN}}, {"objective": CACHED}],
     ),
     (
         "quantized_weights_are_frozen",

@@ -42,13 +42,19 @@ class LanguageModel(nn.Module):
         self.register_parameter("prompt_embeddings", None)
 
     def forward(
-        self, batch: Batch, token_loss: TokenLoss | None = None, logits_at: Tensor | None = None
+        self,
+        batch: Batch,
+        token_loss: TokenLoss | None = None,
+        logits_at: Tensor | None = None,
+        hidden_at: Tensor | None = None,
     ) -> LossSum | Tensor:
         """With `token_loss`: its sum over the supervised positions of `batch`. With `logits_at` [n] int64 instead: fp32
-        logits [n, V] at those tokens."""
+        logits [n, V] at those tokens. With `hidden_at` [n] int64: final hidden states [n, H], what the head takes."""
         hidden = self._hidden(batch)
+        if hidden_at is not None:
+            return hidden.index_select(0, hidden_at)
         if token_loss is None:
-            assert logits_at is not None, "one of token_loss and logits_at says what to compute"
+            assert logits_at is not None, "one of the three says what to compute"
             return self.head.logits(hidden.index_select(0, logits_at))
         supervised = (batch.labels != IGNORED).nonzero().squeeze(1)
         loss, metrics = self.head(hidden.index_select(0, supervised), token_loss)

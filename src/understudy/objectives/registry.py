@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 from understudy.contracts import Objective
 from understudy.objectives.causal_lm import CausalLMObjective
-from understudy.recipe import schema
+from understudy.objectives.distillation import DistillationObjective
+from understudy.objectives.teachers.teacher import Teaching
+from understudy.recipe import objectives as recipe
 
-__all__ = ["OBJECTIVES", "make_objective"]
-
-OBJECTIVES: Mapping[str, Callable[[schema.CausalLM], Objective]] = MappingProxyType(
-    {"causal_lm": lambda section: CausalLMObjective()}
-)
-"""Kind: what builds the objective from its section of the recipe."""
+__all__ = ["make_objective"]
 
 
-def make_objective(section: schema.CausalLM) -> Objective:
-    return OBJECTIVES[section.kind](section)
+def make_objective(section: recipe.Objective, teaching: Teaching | None = None) -> Objective:
+    """`teaching` is who teaches, where the objective has a teacher."""
+    if isinstance(section, recipe.CausalLM):
+        return CausalLMObjective()
+    assert teaching is not None, "distillation has a teacher"
+    return DistillationObjective(section, teaching.teacher, teaching.shared_classes)

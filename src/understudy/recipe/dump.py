@@ -5,7 +5,8 @@ from __future__ import annotations
 import yaml
 
 from understudy.recipe.kinds import unread_fields
-from understudy.recipe.schema import Recipe
+from understudy.recipe.objectives import Distillation
+from understudy.recipe.schema import Optimizer, Recipe, Schedule
 from understudy.recipe.yaml_text import CoreDumper
 
 __all__ = ["dump_recipe"]
@@ -18,7 +19,13 @@ def dump_recipe(recipe: Recipe) -> str:
     A `model.trust_remote_code` that was granted is written for the record, and has to be granted again.
     """
     values = recipe.model_dump()
-    for name, section in (("optimizer", recipe.optimizer), ("schedule", recipe.schedule)):
+    sections: list[tuple[str, Optimizer | Schedule | Distillation]] = [
+        ("optimizer", recipe.optimizer),
+        ("schedule", recipe.schedule),
+    ]
+    if isinstance(recipe.objective, Distillation):
+        sections.append(("objective", recipe.objective))
+    for name, section in sections:
         for field in unread_fields(section):
             if field not in section.model_fields_set:
                 del values[name][field]

@@ -1,7 +1,8 @@
-"""Which fields each kind of optimizer and schedule reads, so that one set in vain is refused. Imports no torch."""
+"""Which fields each kind of a section reads, so that one set in vain is refused. Imports no torch."""
 
 from __future__ import annotations
 
+from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Optimizer, Schedule
 
 __all__ = ["OPTIMIZER_FIELDS", "SCHEDULE_FIELDS", "unread_fields"]
@@ -28,7 +29,18 @@ SCHEDULE_FIELDS: dict[str, frozenset[str]] = {
 }
 
 
-def unread_fields(section: Optimizer | Schedule) -> list[str]:
-    """Fields of the section that its kind does not read."""
+DIVERGENCE_FIELDS: dict[str, frozenset[str]] = {
+    "jsd": frozenset({"beta"}),
+    "skew_forward_kl": frozenset({"alpha"}),
+    "skew_reverse_kl": frozenset({"alpha"}),
+}
+"""Those that only some divergences read."""
+
+
+def unread_fields(section: Optimizer | Schedule | Distillation) -> list[str]:
+    """Fields of the section that its kind, or its divergence, does not read."""
+    if isinstance(section, Distillation):
+        read = DIVERGENCE_FIELDS.get(section.divergence, frozenset())
+        return sorted(frozenset().union(*DIVERGENCE_FIELDS.values()) - read)
     read = (OPTIMIZER_FIELDS if isinstance(section, Optimizer) else SCHEDULE_FIELDS)[section.kind]
     return [name for name in type(section).model_fields if name not in read]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from understudy.recipe.adapters import Adapter
+from understudy.recipe.objectives import CausalLM, Objective
 from understudy.recipe.presets import expand_kind, expand_strategy
 from understudy.recipe.section import Count, Decay, Fraction, OpenFraction, Processes, Section
 
@@ -102,11 +103,6 @@ class Data(Section):
     """Supervise every token, not only what the assistant says."""
     num_workers: Processes | Literal["auto"] = "auto"
     """Processes that tokenise."""
-
-
-class CausalLM(Section):
-    kind: Literal["causal_lm"] = "causal_lm"
-    """Next-token cross-entropy."""
 
 
 class Quantization(Section):
@@ -268,7 +264,8 @@ class Recipe(Section):
     """The run directory; runs/<name> when left out."""
     model: Model
     data: Data
-    objective: Annotated[CausalLM, BeforeValidator(expand_kind)] = CausalLM()
+    objective: Annotated[Objective, BeforeValidator(expand_kind)] = CausalLM()
+    """What is minimised."""
     adapter: Annotated[Adapter | None, BeforeValidator(expand_kind)] = None
     """What to train instead of the whole model."""
     quantization: Quantization | None = None

@@ -74,6 +74,14 @@ class ModuleStrategy(ABC):
             logits: Tensor = self.module(batch.to(self.device), logits_at=at.to(self.device))
             return logits
 
+    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
+        was_training = self.module.training
+        self.module.eval()
+        with torch.no_grad():
+            hidden: Tensor = self.module(batch.to(self.device), hidden_at=at.to(self.device))
+        self.module.train(was_training)
+        return hidden
+
 
 def _detached(part: LossSum) -> LossSum:
     metrics = {name: value.detach() for name, value in part.metrics.items()}
@@ -86,6 +94,8 @@ def materialize(module: nn.Module, device: torch.device, dtype_of: Callable[[nn.
     fresh: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in list(child.named_parameters(recurse=False)):
+            if not parameter.is_meta:
+                continue
             if id(parameter) not in fresh:
                 values = torch.empty(parameter.shape, dtype=dtype_of(parameter), device=device)
                 fresh[id(parameter)] = nn.Parameter(values, requires_grad=parameter.requires_grad)

@@ -10,7 +10,30 @@ from typing import Any
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
-__all__ = ["Job", "read_job", "write_job"]
+__all__ = ["Job", "TeacherPlace", "read_job", "write_job"]
+
+
+@dataclass(frozen=True)
+class TeacherPlace:
+    """What every process is told of a teacher."""
+
+    directory: Path | None
+    """Of its model; None where it is the student's base."""
+    cache: Path | None
+    """Of what it said, where that is read in place of asking it."""
+    shared_classes: int
+    """The first so many tokens are the same to teacher and student."""
+
+    def to_json(self) -> dict[str, Any]:
+        places = {"directory": self.directory, "cache": self.cache}
+        return {name: None if path is None else str(path) for name, path in places.items()} | {
+            "shared_classes": self.shared_classes
+        }
+
+    @staticmethod
+    def of_json(values: dict[str, Any]) -> TeacherPlace:
+        directory, cache = (None if values[name] is None else Path(values[name]) for name in ("directory", "cache"))
+        return TeacherPlace(directory, cache, values["shared_classes"])
 
 
 @dataclass(frozen=True)
@@ -25,6 +48,8 @@ class Job:
     adapter_directory: Path | None
     """The adapter's first values."""
     tokenizer_directory: Path
+    teacher: TeacherPlace | None
+    """Of a distillation."""
     train: Path
     """Entry of the token cache."""
     evaluation: Path | None
@@ -48,6 +73,7 @@ def write_job(path: Path, job: Job) -> None:
         "model_directory": str(job.model_directory),
         "adapter_directory": None if job.adapter_directory is None else str(job.adapter_directory),
         "tokenizer_directory": str(job.tokenizer_directory),
+        "teacher": None if job.teacher is None else job.teacher.to_json(),
         "train": str(job.train),
         "evaluation": None if job.evaluation is None else str(job.evaluation),
         "checkpoints": job.checkpoints,
@@ -67,6 +93,7 @@ def read_job(path: Path) -> Job:
         model_directory=Path(values["model_directory"]),
         adapter_directory=None if values["adapter_directory"] is None else Path(values["adapter_directory"]),
         tokenizer_directory=Path(values["tokenizer_directory"]),
+        teacher=None if values["teacher"] is None else TeacherPlace.of_json(values["teacher"]),
         train=Path(values["train"]),
         evaluation=None if values["evaluation"] is None else Path(values["evaluation"]),
         checkpoints=values["checkpoints"],

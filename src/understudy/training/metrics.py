@@ -15,6 +15,10 @@ from understudy.training.sinks.registry import Row, Sink
 __all__ = ["MetricsHook", "evaluation_metrics"]
 
 
+PARTS = ("divergence", "cross_entropy")
+"""Of a loss of several parts: each is logged too, a supervised token."""
+
+
 class MetricsHook(Hook):
     """Gives a row to every sink each `every` steps, and for the last step.
 
@@ -50,12 +54,15 @@ class MetricsHook(Hook):
         step = result.state.step
         logged = step % self._every == 0 or step == self._total_steps
         if logged:  # waits for the device, so it belongs into the step's time
-            loss, norm = torch.stack([result.loss.loss.float(), result.grad_norm.float()]).tolist()
+            sums = [result.loss.loss, result.grad_norm, *(result.loss.metrics.get(name) for name in PARTS)]
+            loss, norm, *parts = torch.stack([value.float() for value in sums if value is not None]).tolist()
         self._seconds += self._clock() - self._began
         self._steps += 1
         self._tokens += result.batch.num_input_tokens
         if logged:
             row = self._row(result, loss / result.batch.num_tokens, norm)
+            names = [name for name in PARTS if name in result.loss.metrics]
+            row = {**row, **{name: value / result.batch.num_tokens for name, value in zip(names, parts)}}
             for sink in self._sinks:
                 sink.row(row)
             self._forget_interval()
@@ -81,16 +88,21 @@ class MetricsHook(Hook):
         self._seconds, self._steps, self._tokens = 0.0, 0, 0
 
 
+_EVALUATED = {"correct": "eval_token_accuracy", "agreement": "eval_teacher_agreement"}
+
+
 def evaluation_metrics(total: LossSum) -> Row:
-    """`eval_loss` (nats a supervised token), `eval_perplexity`, and `eval_token_accuracy` where the objective counts
-    `correct` tokens. Sums over no token at all give NaN."""
+    """`eval_loss` (nats a supervised token), `eval_perplexity` (of the cross-entropy, where the loss has other parts),
+    `eval_token_accuracy` where the objective counts `correct` tokens, and what else it sums. Sums over no token at all
+    give NaN."""
     names = list(total.metrics)
     loss, count, *sums = torch.stack(
         [value.double() for value in (total.loss, total.num_tokens, *total.metrics.values())]
     ).tolist()
     mean = loss / count if count else math.nan
-    # exp overflows past 709 nats; such a model is as good as infinitely perplexed.
-    row = {"eval_loss": mean, "eval_perplexity": math.exp(mean) if not mean > 700 else math.inf}
+    row = {"eval_loss": mean}
     for name, value in zip(names, sums):
-        row["eval_token_accuracy" if name == "correct" else f"eval_{name}"] = value / count if count else math.nan
-    return row
+        row[_EVALUATED.get(name, f"eval_{name}")] = value / count if count else math.nan
+    # exp overflows past 709 nats; such a model is as good as infinitely perplexed.
+    entropy = row.get("eval_cross_entropy", mean)
+    return row | {"eval_perplexity": math.exp(entropy) if not entropy > 700 else math.inf}

@@ -39,6 +39,7 @@ from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
 from understudy.training.job import Job
 from understudy.training.pruning import pruned_model
+from understudy.training.teaching import find_teacher
 from understudy.training.worker import training_data
 
 __all__ = ["Prepared", "data_preparer", "grown_model", "materialized_model", "prepare_job", "require_fit"]
@@ -95,9 +96,21 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
     _read_companions(recipe, sources, directory, tokenizer, train, adapter)
+    read_by = load_tokenizer(tokenizer, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code)
+    teacher = find_teacher(recipe, sources, model, read_by, [train, *([evaluation] if evaluation else [])])
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
-        job=Job(recipe, sources, Path(recipe.output_dir), directory, adapter, tokenizer, data.train, data.evaluation),
+        job=Job(
+            recipe=recipe,
+            sources=sources,
+            run_directory=Path(recipe.output_dir),
+            model_directory=directory,
+            adapter_directory=adapter,
+            tokenizer_directory=tokenizer,
+            teacher=teacher,
+            train=data.train,
+            evaluation=data.evaluation,
+        ),
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),

@@ -25,6 +25,7 @@ from understudy.objectives.registry import make_objective
 from understudy.parallel.world import process_group
 from understudy.plan.resolve import resolve
 from understudy.recipe.environment import ProcessEnvironment, cache_directory
+from understudy.recipe.objectives import CausalLM
 from understudy.recipe.schema import DDP, Model, Parallel, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.registry import make_strategy
@@ -157,7 +158,7 @@ def _loss(recipe: Recipe, weights: Path, adapter: Path | None, cache: TokenCache
             strategy.build(lambda: adapted.model, lambda named: torch.optim.SGD([weight for _, weight in named]))
             strategy.load_state(adapted.read)
             progress.begin("evaluating micro-batches", len(batches))
-            total = strategy.evaluate(batches, _Watched(make_objective(recipe.objective), progress))
+            total = strategy.evaluate(batches, _Watched(make_objective(CausalLM()), progress))
     metrics = evaluation_metrics(total)
     return Scores(
         examples=sum(len(batch.document_offsets) - 1 for batch in batches),

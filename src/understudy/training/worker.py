@@ -22,6 +22,7 @@ from understudy.launch.run_directory import RunDirectory
 from understudy.models.isolation import check_isolation
 from understudy.models.tokenizer import load_tokenizer
 from understudy.objectives.registry import make_objective
+from understudy.objectives.teachers.teacher import Teaching
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.optim.schedules import make_schedule
 from understudy.parallel.world import World, process_group
@@ -49,6 +50,7 @@ from understudy.training.metrics import MetricsHook
 from understudy.training.seeding import SeedHook
 from understudy.training.sinks.registry import RunFacts, Sink, make_sinks
 from understudy.training.stopping import StopHook, StopRequest
+from understudy.training.teaching import make_teaching
 
 __all__ = ["main", "run_worker", "training_data"]
 
@@ -129,9 +131,10 @@ def _train_and_save(
     cache = TokenCache.open(job.train)
     companions = make_companions(job.model_directory, recipe.model, tokenizer, cache, job.adapter_directory)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
+    teaching = make_teaching(recipe, job.teacher, model, tokenizer, strategy, torch_device, world)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
-        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks)
+        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching)
         hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)
         if job.checkpoints:
             hook = make_checkpoint_hook(
@@ -156,7 +159,7 @@ def _train_and_save(
             total_steps=data.total_steps,
             data=data,
             strategy=strategy,
-            objective=make_objective(recipe.objective),
+            objective=make_objective(recipe.objective, teaching),
             schedule=make_schedule(
                 recipe.schedule,
                 peak=recipe.optimizer.learning_rate,
@@ -212,7 +215,13 @@ def training_data(recipe: Recipe, cache: TokenCache, hidden_width: int, rank: in
 
 
 def _evaluation(
-    job: Job, strategy: Strategy, companions: Companions, world: World, total_steps: int, sinks: Sequence[Sink]
+    job: Job,
+    strategy: Strategy,
+    companions: Companions,
+    world: World,
+    total_steps: int,
+    sinks: Sequence[Sink],
+    teaching: Teaching | None,
 ) -> EvaluationHook | None:
     if job.evaluation is None:
         return None
@@ -221,7 +230,7 @@ def _evaluation(
     evaluator = Evaluator(
         cache=TokenCache.open(job.evaluation),
         strategy=strategy,
-        objective=make_objective(recipe.objective),
+        objective=make_objective(recipe.objective, teaching),
         tokenizer=companions.tokenizer,
         stops=companions.stops,
         world=world,

@@ -1,0 +1,41 @@
+"""A teacher that was asked before: what it said is read from the disk."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from understudy.contracts import IGNORED, Batch
+from understudy.models.head import LossHead
+from understudy.objectives.targets import DenseTargets, SampledTargets, Targets, TopKTargets
+from understudy.objectives.teachers.cache_contents import SampleRows, TopKRows
+from understudy.objectives.teachers.cache_reader import TeacherCache
+
+__all__ = ["CachedTeacher"]
+
+
+class CachedTeacher:
+    """Looks up each document of a batch by its tokens, whatever it stands beside. `head` is the teacher's, for a cache
+    of hidden states. No collective. Raises `UserError` for a document that the cache does not have."""
+
+    def __init__(self, cache: TeacherCache, head: LossHead | None) -> None:
+        self._cache = cache
+        self._head = head
+
+    def targets(self, batch: Batch) -> Targets:
+        tokens, supervised = batch.tokens.cpu(), (batch.labels != IGNORED).cpu()
+        offsets = batch.document_offsets.tolist()
+        documents = [(tokens[a:b], supervised[a:b]) for a, b in pairwise(offsets)]
+        rows, device = self._cache.batch_targets(documents), batch.tokens.device
+        if isinstance(rows, TopKRows):
+            return TopKTargets(rows.ids.to(device), rows.log_probs.to(device), rows.tail.to(device))
+        if isinstance(rows, SampleRows):
+            return SampledTargets(rows.ids.to(device))
+        head = self._head
+        assert head is not None, "hidden states are nothing without their head"
+        with torch.no_grad():
+            hidden = rows.hidden.to(device, head.weight.dtype)
+            return DenseTargets.from_hidden(
+                hidden, head.weight.detach(), None if head.bias is None else head.bias.detach(), head.transform
+            )

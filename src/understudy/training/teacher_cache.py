@@ -1,0 +1,206 @@
+"""What a teacher says about a recipe's data, asked once and kept on the disk: which cache that is, and building it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from understudy.data.cache import TokenCache
+from understudy.data.prepare import prepare_data
+from understudy.devices.detect import detect_machine
+from understudy.launch.local import launch_local
+from understudy.launch.run_directory import RunDirectory
+from understudy.models.identity import model_digest
+from understudy.models.source import read_config
+from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
+from understudy.objectives.teachers.cache_contents import Contents, Hidden, Samples, TopK
+from understudy.objectives.teachers.cache_format import CacheDescription, ExampleKeys, example_keys
+from understudy.objectives.teachers.cache_reader import TeacherCache
+from understudy.objectives.teachers.cache_writer import CacheWriter, building
+from understudy.plan.resolve import resolve
+from understudy.recipe.environment import cache_directory
+from understudy.recipe.objectives import CachedTeacher, Distillation
+from understudy.recipe.rules import check_processes
+from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
+from understudy.strategies.precision import precision_of
+from understudy.training.job import Job, TeacherPlace, write_job
+from understudy.training.teacher_model import TEACHER, OpenedTeacher, open_teacher
+
+__all__ = [
+    "Example",
+    "Examples",
+    "build_teacher_cache",
+    "describe_cache",
+    "examples_of",
+    "in_batches",
+    "require_examples",
+]
+
+Example = tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]
+"""Tokens [L], and at which of them the next is supervised [L]."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Training and evaluation examples end to end, as a teacher is asked about them."""
+
+    caches: tuple[TokenCache, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.caches))
+
+    def __getitem__(self, index: int) -> Example:
+        for cache in self.caches:
+            if index < len(cache):
+                supervised = cache.supervised(index).astype(np.bool_)
+                return cache.tokens(index), np.append(supervised[1:], False)
+            index -= len(cache)
+        raise IndexError(index)
+
+    def keys(self) -> ExampleKeys:
+        return example_keys(self[i] for i in range(len(self)))
+
+
+def describe_cache(recipe: Recipe, opened: OpenedTeacher, tokenizer: Any) -> CacheDescription:
+    """Names the cache of the recipe's teacher, for a student that reads with `tokenizer`."""
+    objective = recipe.objective
+    assert isinstance(objective, Distillation), "only distillation has a teacher"
+    assert isinstance(objective.teacher, CachedTeacher), "only this one is cached"
+    precision = precision_of(recipe.training.precision)
+    dtype = str(precision.compute).removeprefix("torch.")
+    text = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
+    return CacheDescription(
+        teacher=f"{model_digest(opened.directory, cache_directory())} {dtype}",
+        tokenizer=hashlib.sha256(text.encode()).hexdigest(),
+        contents=_contents(recipe, objective, objective.teacher, opened, dtype),
+    )
+
+
+def _contents(
+    recipe: Recipe,
+    objective: Distillation,
+    section: CachedTeacher,
+    opened: OpenedTeacher,
+    dtype: str,
+) -> Contents:
+    shared = opened.shared_classes
+    if section.targets == "hidden":
+        return Hidden(opened.model.head.in_features, "fp32" if dtype == "float32" else "bf16")
+    if section.targets == "samples":
+        return Samples(section.kept, objective.temperature, recipe.training.seed, shared)
+    return TopK(min(section.kept, shared), objective.temperature, shared)
+
+
+def require_examples(sources: SourceMap, description: CacheDescription, data: Sequence[TokenCache]) -> Path:
+    """The directory of the cache that `description` names. Raises `UserError` at the recipe's line unless it is there
+    and has every example."""
+    directory = description.directory(cache_directory())
+    if not directory.is_dir():
+        raise sources.error(
+            TEACHER,
+            f"there is no cache of this teacher for this temperature and these targets yet; "
+            f"`understudy teacher cache {sources.file}` builds it.",
+        )
+    with sources.placing(TEACHER):
+        cache = TeacherCache.open(directory, description)
+    keys = Examples(tuple(data)).keys()
+    asked = keys.keys[keys.num_supervised > 0]
+    missing = sum(row.tobytes() not in cache for row in asked)
+    if missing:
+        raise sources.error(
+            TEACHER,
+            f"the teacher's cache lacks {missing:,} of {len(asked):,} examples: data, template or length changed since "
+            f"it was built; `understudy teacher cache {sources.file}` adds them.",
+        )
+    return directory
+
+
+def build_teacher_cache(recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> Path:
+    """Has the recipe's teacher look at all of its examples that the cache does not have yet, in as many processes as
+    training would have, and keeps what it says. Returns the cache's directory. What was there stays.
+
+    Raises `UserError` at the recipe's line where there is no such teacher or it does not read as the student does.
+    """
+    objective = recipe.objective
+    if not isinstance(objective, Distillation) or not isinstance(objective.teacher, CachedTeacher):
+        raise sources.error(
+            "objective", "this recipe reads no teacher's cache; say `objective.teacher: {kind: cache, path: …}`."
+        )
+    machine = detect_machine()
+    asked = recipe.cluster.processes
+    processes = max(1, machine.devices) if asked == "auto" else asked
+    check_processes(recipe, processes, sources)
+    resolved, _ = resolve(recipe, machine, processes)
+    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
+        tokenizer_directory = prepared_tokenizer(resolved.model, cache_directory())
+        tokenizer = load_tokenizer(tokenizer_directory, resolved.data.chat_template)
+        vocabulary = read_config(resolved.model).get("vocab_size")
+    data = prepare_data(
+        resolved,
+        sources,
+        tokenizer_dir=tokenizer_directory,
+        vocab_size=None if resolved.model.new_tokens else vocabulary,
+        cache_dir=cache_directory(),
+        report=say,
+    )
+    examples = Examples(tuple(TokenCache.open(path) for path in (data.train, data.evaluation) if path is not None))
+    longest = max(int(cache.lengths.max()) for cache in examples.caches)
+    with sources.placing(TEACHER):
+        opened = open_teacher(resolved, objective.teacher, tokenizer, longest)
+    description = describe_cache(resolved, opened, tokenizer)
+    cache = description.directory(cache_directory())
+    job = Job(
+        recipe=resolved,
+        sources=sources,
+        run_directory=cache,
+        model_directory=opened.directory,
+        adapter_directory=None,
+        tokenizer_directory=tokenizer_directory,
+        teacher=TeacherPlace(opened.directory, cache, opened.shared_classes),
+        train=data.train,
+        evaluation=data.evaluation,
+    )
+    with building(cache, say):
+        missing = CacheWriter(cache, description, 0, 1, examples.keys())
+        if not missing.num_shards:
+            say(f"nothing to do: {cache} has all {len(examples):,} examples")
+            return cache
+        _launch(job, processes, machine.cores, accelerated=machine.accelerated)
+    return cache
+
+
+def _launch(job: Job, processes: int, cores: int, *, accelerated: bool) -> None:
+    with tempfile.TemporaryDirectory(prefix="understudy-teacher-") as scratch:
+        directory = RunDirectory(Path(scratch))
+        directory.logs.mkdir(parents=True)
+        write_job(directory.job, job)
+        arguments = (sys.executable, "-m", "understudy.training.teacher_cache_worker", scratch)
+        launch_local(arguments, processes, directory, cores, accelerated=accelerated)
+
+
+def examples_of(job: Job) -> Examples:
+    return Examples(tuple(TokenCache.open(path) for path in (job.train, job.evaluation) if path is not None))
+
+
+def in_batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
+    """Indices in order, as many at a time as have at most so many tokens together, one at least."""
+    batch: list[int] = []
+    total = 0
+    for index, length in enumerate(lengths):
+        if batch and total + length > most_tokens:
+            yield batch
+            batch, total = [], 0
+        batch.append(index)
+        total += length
+    if batch:
+        yield batch

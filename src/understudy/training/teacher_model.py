@@ -1,0 +1,71 @@
+"""A teacher that is a model of its own: found, judged and opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from understudy.contracts import LazyTensor
+from understudy.devices.device import find_device
+from understudy.errors import UserError
+from understudy.models.build import make_language_model, open_weights
+from understudy.models.language_model import LanguageModel
+from understudy.models.source import model_directory, tokenizer_directory
+from understudy.models.tokenizer import load_tokenizer
+from understudy.recipe.objectives import CachedTeacher, ResidentTeacher, ShardedTeacher
+from understudy.recipe.schema import Model, Recipe
+from understudy.strategies.precision import precision_of
+
+__all__ = ["TEACHER", "OpenedTeacher", "open_teacher"]
+
+TEACHER = "objective.teacher"
+"""Where a recipe names one."""
+
+
+class OpenedTeacher(NamedTuple):
+    directory: Path
+    model: LanguageModel
+    """On the meta device."""
+    read: Callable[[str], LazyTensor]
+    """Gives its weights."""
+    shared_classes: int
+    """The first so many tokens are the same to the student."""
+
+
+def open_teacher(
+    recipe: Recipe,
+    section: ResidentTeacher | ShardedTeacher | CachedTeacher,
+    student_tokenizer: Any,
+    longest: int = 0,
+) -> OpenedTeacher:
+    """Raises `UserError` when there is no such teacher, when it does not read as the student does, or when it has fewer
+    positions than the `longest` example."""
+    settings = Model(path=section.path, revision=section.revision)
+    directory = model_directory(settings)
+    dtype = precision_of(recipe.training.precision).compute
+    model = make_language_model(directory, settings, find_device(), quantized_dtype=dtype)
+    if model.document_limit is not None and longest > model.document_limit:
+        raise UserError(
+            f"the longest example has {longest:,} tokens, and the teacher has positions for {model.document_limit:,}; "
+            "set data.max_length to at most that.",
+            key="data.max_length",
+        )
+    shared = _shared_classes(load_tokenizer(tokenizer_directory(settings)), student_tokenizer, section.path)
+    return OpenedTeacher(directory, model, open_weights(directory, model), shared)
+
+
+def _shared_classes(teacher: Any, student: Any, path: str) -> int:
+    """How many of the first tokens are the same to both tokenizers. Raises `UserError` when it is not all that both
+    have: their distributions are then over other things."""
+    theirs, ours = ({token: text for text, token in tokenizer.get_vocab().items()} for tokenizer in (teacher, student))
+    common = int(min(max(theirs), max(ours))) + 1
+    different = next((token for token in range(common) if theirs.get(token) != ours.get(token)), None)
+    if different is not None:
+        raise UserError(
+            f"the teacher {path} has another tokenizer than the student: token {different:,} is "
+            f"{theirs.get(different)!r} to it and {ours.get(different)!r} to the student; name a teacher of the same "
+            "family.",
+            key=TEACHER,
+        )
+    return common

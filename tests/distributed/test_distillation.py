@@ -1,0 +1,92 @@
+"""The gradient contract (P2) with a teacher: every strategy learns as whole logits in fp64 in one process would.
+
+Gradients are compared after one step of SGD, whose weights differ as they do; Adam makes a step of a gradient's sign.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed import scenario
+from tests.distributed.adapter_bases import ADAPTERS, Bases
+from tests.distributed.conformance import (
+    ADAMW,
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
+    WORKER,
+    assert_same_trajectory,
+    assert_same_weights,
+    case,
+)
+from tests.distributed.processes import run_processes
+
+pytestmark = pytest.mark.distributed
+
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-offload")
+SGD = {"kind": "sgd", "learning_rate": 1.0}
+KINDS = {"resident": ("forward_kl", 1.0, 0.0), "sharded": ("reverse_kl", 2.0, 0.3), "base": ("jsd", 1.5, 0.5)}
+"""Of teachers: divergence, temperature and weight of the cross-entropy."""
+
+
+class Models:
+    def __init__(self, root: Path) -> None:
+        self.bases = Bases(root)
+        self.teacher = root / "teacher"
+        scenario.write_model(self.teacher, tied=False, hidden_size=48, intermediate_size=80, seed=5)
+
+    def case(self, kind: str, strategy: str, optimizer: dict[str, Any], steps: int) -> dict[str, Any]:
+        divergence, temperature, weight = KINDS[kind]
+        section = {"kind": kind} if kind == "base" else {"kind": kind, "path": str(self.teacher)}
+        objective = {
+            "kind": "distillation",
+            "teacher": section,
+            "divergence": divergence,
+            "temperature": temperature,
+            "cross_entropy_weight": weight,
+        }
+        parts: dict[str, Any] = {"objective": objective}
+        adapter = None
+        if kind == "base":
+            adapter, parts["adapter"] = self.bases.adapter("dora", quantized=False), ADAPTERS["dora"]
+        return case(self.bases.whole, strategy, optimizer, steps, adapter=adapter, recipe=parts, max_grad_norm=0.5)
+
+    @cache  # noqa: B019  # one a module
+    def solution(self, kind: str, optimizer: str, steps: int) -> scenario.Solution:
+        distilled = scenario.Distilled(None if kind == "base" else self.teacher, *KINDS[kind])
+        adapter = self.bases.adapter("dora", quantized=False) if kind == "base" else None
+        return scenario.solve(
+            self.bases.whole,
+            steps=steps,
+            learning_rate=1.0 if optimizer == "sgd" else 1e-2,
+            max_norm=0.5,
+            optimizer=optimizer,
+            decay=0.0 if optimizer == "sgd" else 0.1,
+            adapter=adapter,
+            distilled=distilled,
+        )
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    return Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_learns_from_every_teacher_as_one_process_does(
+    strategy: str, models: Models, tmp_path: Path
+) -> None:
+    cases = {kind: models.case(kind, strategy, ADAMW, 4) for kind in KINDS}
+    if not strategy.endswith("offload"):  # which steps with AdamW alone
+        cases |= {f"{kind}-sgd": models.case(kind, strategy, SGD, 1) for kind in KINDS}
+    results = run_processes(WORKER, 2, tmp_path, {"cases": cases})
+    assert all(result == results[0] for result in results), "every rank sees the same losses and norms"
+    for name, seen in results[0].items():
+        kind, _, sgd = name.partition("-")
+        solution = models.solution(kind, "sgd" if sgd else "adamw", 1 if sgd else 4)
+        assert_same_trajectory(seen, solution, LOSS_TOLERANCE, NORM_TOLERANCE)
+        if sgd:
+            assert_same_weights(tmp_path / f"{name}.safetensors", solution, 1e-6)
