@@ -14,7 +14,7 @@ from understudy.errors import DivergedError, UserError
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.training.failure import cause_of
-from understudy.training.job import Job, read_job, write_job
+from understudy.training.job import Job, TeacherPlace, read_job, write_job
 from understudy.training.seeding import step_seed
 
 pytestmark = pytest.mark.unit
