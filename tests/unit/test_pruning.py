@@ -27,7 +27,7 @@ from understudy.models.pruning.importance import Importance, Measured, measure
 from understudy.models.pruning.structure import Kept, Structure
 from understudy.recipe.schema import Model
 from understudy.recipe.source_map import SourceMap
-from understudy.training.prepare import data_preparer, materialized_model, prepare_job
+from understudy.training.prepare import data_preparer, materialized_model, prepare_job, require_fit
 from understudy.training.pruning import pruned_model
 from understudy.training.resume import determinants
 
@@ -425,6 +425,16 @@ def test_a_job_trains_what_was_cut_by_its_own_data(tmp_path: Path, monkeypatch: 
     assert prepared.parameters < 30_000
     config = json.loads((prepared.job.model_directory / "config.json").read_text())
     assert (config["num_hidden_layers"], config["intermediate_size"], config["vocab_size"]) == (1, 16, 301)
+    whole = {**pruned, "init": "pretrained", "layers": None, "intermediate_size": None}
+    uncut = prepare_job(
+        trained.model_copy(update={"model": Model.model_validate(whole)}), SourceMap("r.yaml"), lines.append
+    )
+    for checkpoint, job in (("its own", prepared.job), ("another", uncut.job)):
+        (tmp_path / checkpoint).mkdir()
+        (tmp_path / checkpoint / "model").symlink_to(job.model_directory)
+    require_fit(prepared.job, tmp_path / "its own")
+    with pytest.raises(UserError, match="is of another model: its layers or their sizes are not the same"):
+        require_fit(prepared.job, tmp_path / "another")
     again: list[str] = []
     assert prepare_job(trained, SourceMap("r.yaml"), again.append).job.model_directory == prepared.job.model_directory
     assert not [line for line in again if line.startswith(("measuring", "cutting"))]

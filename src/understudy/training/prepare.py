@@ -132,9 +132,16 @@ def require_fit(job: Job, checkpoint: Path) -> None:
             raise UserError(f"it holds {what}.")
         if began is not None and (base := read_base(began)) is not None:
             require_same_base(checkpoint / MODEL, base.digest, "checkpoint.resume")
-        run_model(replace(job, resume=checkpoint))
+        resumed = run_model(replace(job, resume=checkpoint)).model
+        # A whole model is built as its own configuration says, so that it always fits itself.
+        if began is None and _shapes(resumed) != _shapes(run_model(replace(job, resume=None)).model):
+            raise UserError("its layers or their sizes are not the same.")
     except UserError as error:
         raise sources.error("checkpoint.resume", f"{checkpoint} is of another model: {error.message}") from error
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _read_companions(
