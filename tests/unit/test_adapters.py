@@ -22,6 +22,7 @@ from understudy.models.names import canonical_name
 from understudy.models.prompted import Prompted
 from understudy.recipe.schema import Recipe
 from understudy.training.adapting import adapted_model, find_adapter
+from understudy.training.existing_adapter import require_same_adapter
 
 pytestmark = pytest.mark.unit
 
@@ -240,8 +241,8 @@ def test_a_damaged_or_foreign_adapter_is_refused(
     [
         ({"kind": "dora"}, "is an adapter of the kind lora, not dora"),
         ({"kind": "ia3"}, "is an adapter of the kind lora, not ia3"),
-        ({"kind": "lora", "rank": 8}, "`adapter.rank` is settled by the adapter in .* says 4; remove it"),
-        ({"kind": "lora", "init": "pissa"}, "`adapter.init` is settled"),
+        ({"kind": "lora", "rank": 8}, "`adapter.rank` is settled by the adapter in .* whose r is 4; remove it"),
+        ({"kind": "lora", "init": "pissa"}, "has begun already; remove `adapter.init`"),
     ],
     ids=str,
 )
@@ -260,3 +261,26 @@ def test_the_base_is_written_down(base: Path) -> None:
     assert (known.path, known.revision, known.quantization) == (str(base), None, None)
     configuration = json.loads((first_values(base, {"kind": "lora"}) / CONFIG).read_text())
     assert configuration["base_model_name_or_path"] == str(base)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"kind": "lora", "rank": 8}, "the r of its adapter is 4, and the recipe's is 8"),
+        ({"kind": "lora", "rank": 4, "alpha": 64}, "the lora_alpha of its adapter is 32, and the recipe's is 64"),
+        ({"kind": "lora", "rank": 4, "rank_stabilized": True}, "the use_rslora of its adapter is False"),
+        ({"kind": "lora", "rank": 4, "targets": ["q_proj"]}, "the target_modules of its adapter is .*'down_proj'"),
+        ({"kind": "lora", "rank": 4, "layers": [0]}, "the layers_to_transform of its adapter is None"),
+        ({"kind": "lora", "rank": 4, "train": ["head"]}, "the modules_to_save of its adapter is None"),
+        ({"kind": "lora", "rank": 2, "alpha": 16, "init": "pissa"}, "its adapter began otherwise"),
+        ({"kind": "dora", "rank": 4}, "an adapter of the kind lora, and the recipe trains dora"),
+        ({"kind": "ia3"}, "an adapter of the kind lora, and the recipe trains ia3"),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_another_adapter_is_told_apart(base: Path, other: dict[str, Any], message: str) -> None:
+    stored = first_values(base, {"kind": "lora", "rank": 4})
+    with pytest.raises(UserError, match=message):
+        require_same_adapter(stored, first_values(base, other))
+    # Dropout and another draw of first values change the training, not what the weights mean.
+    require_same_adapter(stored, first_values(base, {"kind": "lora", "rank": 4, "dropout": 0.5, "init": "gaussian"}))

@@ -109,10 +109,12 @@ def _merged_values(merged: Merged) -> dict[str, Any]:
 
 def _merged_line(merged: Merged, *, halved: bool) -> str:
     step = "" if merged.step is None else f" of step {merged.step}"
+    quantized = "" if merged.dequantized is None else f" in {merged.dequantized}"
     dequantized = "" if merged.dequantized is None else f", dequantized from {merged.dequantized}"
     return (
         f"{merged.tensors:,} tensors{step} in {merged.dtype}{dequantized}, {merged.num_bytes:,} bytes"
         + (" (--dtype bf16 halves them)" if halved else "")
-        + f"; loads with transformers, and its logits differ from those of {merged.base} with the adapter by at most "
-        f"{merged.difference:.1e} of the largest, over {merged.tokens} tokens ({merged.tolerance:.0e} allowed)"
+        + f"; loads with transformers, and its logits differ from those of {merged.base}{quantized} with the adapter "
+        f"by at most {merged.difference:.1e} of the largest, over {merged.tokens} tokens "
+        f"({merged.tolerance:.0e} allowed)"
     )

@@ -34,6 +34,11 @@ def model_directory(model: schema.Model) -> Path:
     weighted = model.init != "random"
     directory = _local_or_snapshot(model.path, model.revision, _TOKENIZER_FILES + (_WEIGHT_FILES if weighted else []))
     if not (directory / "config.json").is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise UserError(
+                f"{directory} is an adapter, not a model; name its base in model.path, and the adapter in "
+                "`adapter: {kind: …, path: …}` to go on training it."
+            )
         inside = directory / "model"
         instead = f"name {inside}" if (inside / "config.json").is_file() else "check model.path"
         raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; {instead}.")

@@ -138,7 +138,8 @@ def _unknown_key(key: tuple[str, ...], values: Mapping[str, Any]) -> str:
     where = f" in {_quoted(parent)}" if parent else ""
     if near := nearest(name, known):
         return f"unknown key {_quoted(name)}{where}; did you mean `{near}`?"
-    if elsewhere := next((path for path in _all_keys() if path.endswith(f".{name}")), None):
+    own = f"{parent}.{name}"  # of another kind of the same section
+    if elsewhere := next((path for path in _all_keys() if path.endswith(f".{name}") and path != own), None):
         return f"unknown key {_quoted(name)}{where}; did you mean `{elsewhere}`?"
     return f"unknown key {_quoted(name)}{where}; known there: {', '.join(known)}."
 

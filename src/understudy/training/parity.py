@@ -94,8 +94,8 @@ def compare_strategies(
     resolved = [_resolved(recipe, fixed, strategy, size, machine) for strategy, size in cases]
     reference_recipe, sources = resolved[0]
     job = prepare_job(reference_recipe, sources, report).job
-    if dropout := _dropout(job.model_directory):
-        report(f"{', '.join(dropout)} draw at random on each process: set them to 0 in model.config to compare")
+    if dropout := _dropout(job):
+        report(f"{', '.join(dropout)} draw at random on each process: set them to 0 to compare")
     for case, case_sources in resolved[1:]:
         with case_sources.placing("strategy"):
             prepare_strategy(case, report)
@@ -108,11 +108,12 @@ def compare_strategies(
             yield _difference(strategy, size, run, reference, job.adapter_directory or job.model_directory), tolerance
 
 
-def _dropout(model: Path) -> list[str]:
-    """Fields of the model's configuration that drop activations at random: then no two strategies can agree."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return [
-        name
+def _dropout(job: Job) -> list[str]:
+    """What drops activations at random: then no two strategies can agree."""
+    config = json.loads((job.model_directory / "config.json").read_text(encoding="utf-8"))
+    adapter = ["adapter.dropout"] if getattr(job.recipe.adapter, "dropout", 0.0) else []
+    return adapter + [
+        f"model.config.{name}"
         for name, value in config.items()
         if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value > 0
     ]

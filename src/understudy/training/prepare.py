@@ -34,9 +34,10 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import prepare_strategy
-from understudy.training.adapting import Adapted, adapted_model, find_adapter, require_same_base, saved_dtype
+from understudy.training.adapting import Adapted, adapted_model, find_adapter, saved_dtype
 from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
+from understudy.training.existing_adapter import require_same_adapter, require_same_base
 from understudy.training.job import Job
 from understudy.training.pruning import pruned_model
 from understudy.training.teaching import find_teacher
@@ -130,14 +131,20 @@ def require_fit(job: Job, checkpoint: Path) -> None:
         if is_adapter(checkpoint / MODEL) != (began is not None):
             what = "an adapter" if began is None else "a whole model"
             raise UserError(f"it holds {what}.")
-        if began is not None and (base := read_base(began)) is not None:
-            require_same_base(checkpoint / MODEL, base.digest, "checkpoint.resume")
+        if began is not None:
+            require_same_adapter(checkpoint / MODEL, began)
+            if (base := read_base(began)) is not None:
+                require_same_base(checkpoint / MODEL, base.digest, "checkpoint.resume")
         resumed = run_model(replace(job, resume=checkpoint)).model
         # A whole model is built as its own configuration says, so that it always fits itself.
         if began is None and _shapes(resumed) != _shapes(run_model(replace(job, resume=None)).model):
             raise UserError("its layers or their sizes are not the same.")
     except UserError as error:
-        raise sources.error("checkpoint.resume", f"{checkpoint} is of another model: {error.message}") from error
+        raise sources.error(
+            "checkpoint.resume",
+            f"{checkpoint} does not fit this recipe: {error.message} Set that back, or begin a new run in another "
+            "output_dir.",
+        ) from error
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

@@ -104,8 +104,20 @@ def _reload_base(directory: Path, dtype: torch.dtype, trust_remote_code: bool) -
     whole = directory if growth is None else growth.directory
     scheme = scheme_of(read_config_file(whole))
     if scheme is None or scheme.name in FAITHFUL:
-        return reload_model(whole, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = reload_model(whole, dtype=dtype, trust_remote_code=trust_remote_code)
+        return model if scheme is None else _unquantized_in(dtype, model)
     return reload_dequantized(whole, Model(path=str(whole), trust_remote_code=trust_remote_code), dtype)
+
+
+def _unquantized_in(dtype: torch.dtype, model: Any) -> Any:
+    """transformers leaves what is not quantized in the dtype of the directory, whatever it is asked for."""
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = dtype
+        for parameter in module.parameters(recurse=False):
+            if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _computing_in(dtype: torch.dtype, adapted: Any) -> Any:
@@ -113,6 +125,9 @@ def _computing_in(dtype: torch.dtype, adapted: Any) -> Any:
     for parameter in adapted.parameters():
         if parameter.dtype is torch.float32:
             parameter.data = parameter.data.to(dtype)
+    for name, buffer in adapted.named_buffers():
+        if ".vera_" in name:  # its projections, which are no parameters
+            buffer.data = buffer.data.to(dtype)
     return adapted
 
 

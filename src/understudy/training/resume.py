@@ -169,9 +169,12 @@ def _refuse_another_course(found: Resumption, store: CheckpointStore, sources: S
 def _refuse_another_recipe(recipe: Recipe, sources: SourceMap, found: Resumption, data_digest: str) -> None:
     changes = _changes(recipe, found.progress, data_digest)
     if changes:
+        all_the_same = f", or go on all the same with checkpoint.resume={found.checkpoint}"
+        if any(key.startswith("adapter.") and key != "adapter.dropout" for key in changes):
+            all_the_same = ""  # other weights than the checkpoint has
         advice = (
-            f"{found.checkpoint} would not go on as it began: set that back, begin again with --overwrite, or go on "
-            f"all the same with checkpoint.resume={found.checkpoint}."
+            f"{found.checkpoint} would not go on as it began: set that back, or begin again with --overwrite"
+            f"{all_the_same}."
         )
         raise RecipeError(
             [
