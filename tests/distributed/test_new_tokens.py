@@ -21,9 +21,11 @@ TEMPLATE = "{% for m in messages %}<new 7>{{ m['role'] }} {{ m['content'] }}<|im
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("recipe", ["quickstart", "quickstart-lora"])
+@pytest.mark.parametrize(
+    ("recipe", "strategies"), [("quickstart", ["fsdp", "zero3"]), ("quickstart-qlora", ["zero2", "zero3"])]
+)
 def test_embeddings_that_grew_train_the_same_under_every_strategy(
-    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, strategies: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "template.jinja").write_text(TEMPLATE)
@@ -34,7 +36,6 @@ def test_embeddings_that_grew_train_the_same_under_every_strategy(
         "data.eval=null",
         "evaluation.samples=0",
     ]
-    strategies = ["ddp", "fsdp", "zero2", "zero3"]
     lines: list[str] = []
     found = list(compare_strategies(RECIPES / f"{recipe}.yaml", overrides, strategies, 2, 3, lines.append))
     assert [difference.strategy for difference, _ in found] == strategies

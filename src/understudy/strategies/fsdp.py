@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from understudy.contracts import Batch, LossSum, Objective
 from understudy.models.language_model import LanguageModel
 from understudy.parallel.world import World
 from understudy.recipe.schema import FSDP, Recipe
@@ -59,4 +62,25 @@ class FSDPStrategy(TorchStrategy):
             parent, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(parent), leaf, buffer.to(self.device))
         self.module = module
+        self._units: list[Any] = [*module.decoder_layers(), module]
         self.optimizer = make_optimizer(self._parameters().items())
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
+        total = super().evaluate(micro_batches, objective)
+        self._reshard()
+        return total
+
+    def logits(self, batch: Batch, at: Tensor) -> Tensor:
+        logits = super().logits(batch, at)
+        self._reshard()
+        return logits
+
+    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
+        hidden = super().hidden(batch, at)
+        self._reshard()
+        return hidden
+
+    def _reshard(self) -> None:
+        """Where parameters stay whole until the backward pass, none comes after these, and a save would find wholes."""
+        for unit in self._units:
+            unit.reshard()
