@@ -433,7 +433,10 @@ def test_a_job_trains_what_was_cut_by_its_own_data(tmp_path: Path, monkeypatch: 
         (tmp_path / checkpoint).mkdir()
         (tmp_path / checkpoint / "model").symlink_to(job.model_directory)
     require_fit(prepared.job, tmp_path / "its own")
-    with pytest.raises(UserError, match="does not fit this recipe: its layers or their sizes are not the same"):
+    with pytest.raises(
+        UserError,
+        match=r"does not fit this recipe: .* does not fit its configuration|does not fit this recipe: .* lacks",
+    ):
         require_fit(prepared.job, tmp_path / "another")
     again: list[str] = []
     assert prepare_job(trained, SourceMap("r.yaml"), again.append).job.model_directory == prepared.job.model_directory

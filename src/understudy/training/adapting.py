@@ -44,12 +44,12 @@ class Adapted:
     """How what is trained of it is saved."""
 
 
-def adapted_model(recipe: Recipe, weights: Path, adapter: Path | None) -> Adapted:
-    """The recipe's model with the weights in `weights`, and the adapter in the directory `adapter` around it. Raises
-    `UserError` where these do not fit together."""
+def adapted_model(recipe: Recipe, directory: Path, adapter: Path | None, *, weights: Path | None = None) -> Adapted:
+    """The recipe's model in `directory`, with its weights there or in `weights`, and the adapter in the directory
+    `adapter` around it. Raises `UserError` where these do not fit together."""
     dtype = precision_of(recipe.training.precision).compute
-    model = make_language_model(weights, recipe.model, find_device(), quantized_dtype=dtype)
-    read = adapt(model, open_weights(weights, model), recipe.adapter, adapter, dtype)
+    model = make_language_model(directory, recipe.model, find_device(), quantized_dtype=dtype)
+    read = adapt(model, open_weights(weights or directory, model), recipe.adapter, adapter, dtype)
     form = WHOLE_MODEL if adapter is None else AdapterForm.of(model, adapter, trained_names(model))
     return Adapted(model, read, form)
 

@@ -35,7 +35,7 @@ def run_model(job: Job) -> Adapted:
     An adapter's base stays the model's own."""
     resumed = None if job.resume is None else job.resume / MODEL
     if job.adapter_directory is None:
-        return adapted_model(job.recipe, resumed or job.model_directory, None)
+        return adapted_model(job.recipe, job.model_directory, None, weights=resumed)
     return adapted_model(job.recipe, job.model_directory, resumed or job.adapter_directory)
 
 

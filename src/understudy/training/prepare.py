@@ -135,20 +135,13 @@ def require_fit(job: Job, checkpoint: Path) -> None:
             require_same_adapter(checkpoint / MODEL, began)
             if (base := read_base(began)) is not None:
                 require_same_base(checkpoint / MODEL, base.digest, "checkpoint.resume")
-        resumed = run_model(replace(job, resume=checkpoint)).model
-        # A whole model is built as its own configuration says, so that it always fits itself.
-        if began is None and _shapes(resumed) != _shapes(run_model(replace(job, resume=None)).model):
-            raise UserError("its layers or their sizes are not the same.")
+        run_model(replace(job, resume=checkpoint))
     except UserError as error:
         raise sources.error(
             "checkpoint.resume",
             f"{checkpoint} does not fit this recipe: {error.message} Set that back, or begin a new run in another "
             "output_dir.",
         ) from error
-
-
-def _shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _read_companions(
