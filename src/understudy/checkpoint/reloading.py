@@ -15,7 +15,7 @@ from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.attachment import NAME
 from understudy.models.adapters.directory import WEIGHTS, open_adapter, read_base, read_config, stored_key
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.models.architecture import UNBUILDABLE, load_config
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.quantization.linear import QuantizedLinear

@@ -20,7 +20,7 @@ from understudy.checkpoint.reloading import (
 from understudy.checkpoint.store import verify_checkpoint
 from understudy.errors import UserError
 from understudy.models.adapters.directory import is_adapter, open_adapter, read_base, read_config
-from understudy.models.adapters.library import require_peft
+from understudy.models.adapters.peft_package import require_peft
 
 __all__ = ["Verified", "verify_directory"]
 

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers import __version__ as transformers_version
 
 from understudy.models.architecture import UNBUILDABLE, invalid_config, make_config
+from understudy.models.made_once import made_once
 from understudy.models.source import stored_config
 from understudy.recipe import schema
-from understudy.recipe.cache_disk import writing_cache
 
 __all__ = ["materialize_random"]
 
@@ -36,24 +32,7 @@ def materialize_random(model: schema.Model, seed: int, cache: Path) -> Path:
     described = [config.to_dict(), seed, torch.__version__, transformers_version]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     directory = cache / "models" / digest[:32]
-    if directory.is_dir():
-        return directory
-    with writing_cache(directory.parent):
-        return _materialized(config, model, seed, directory)
-
-
-def _materialized(config: PreTrainedConfig, model: schema.Model, seed: int, directory: Path) -> Path:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{directory}.lock"):
-        if directory.is_dir():
-            return directory
-        building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-        try:
-            _build(config, model.config, seed, building)
-            building.rename(directory)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return directory
+    return made_once(directory, lambda building: _build(config, model.config, seed, building))
 
 
 def _build(config: PreTrainedConfig, overrides: Mapping[str, Any], seed: int, directory: Path) -> None:
@@ -73,6 +52,3 @@ def _build(config: PreTrainedConfig, overrides: Mapping[str, Any], seed: int, di
     network.config.save_pretrained(directory)
     if network.can_generate():
         network.generation_config.save_pretrained(directory)
-    for file in directory.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())

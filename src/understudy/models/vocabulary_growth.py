@@ -12,15 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,11 +26,11 @@ from understudy.devices.device import Device
 from understudy.errors import UserError
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.language_model import LanguageModel
+from understudy.models.made_once import made_once
 from understudy.models.source import read_config_file
 from understudy.models.tokenizer import load_tokenizer, vocabulary_of
 from understudy.models.weights import NEW_ROWS, StoredTensor
 from understudy.recipe import schema
-from understudy.recipe.cache_disk import writing_cache
 
 __all__ = ["Growth", "grow_vocabulary", "mean_row", "read_growth"]
 
@@ -67,20 +63,7 @@ def grow_vocabulary(directory: Path, model: schema.Model, tokenizer: Path, devic
     described = [_stamps(directory), read_config_file(directory), model.config, needed]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     grown = cache / "grown" / digest[:32]
-    if grown.is_dir():
-        return grown
-    with writing_cache(grown.parent):
-        grown.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{grown}.lock"):
-            if grown.is_dir():
-                return grown
-            building = Path(tempfile.mkdtemp(prefix=f"{grown.name}.", dir=grown.parent))
-            try:
-                _build(directory, built, model, device, needed, building)
-                building.rename(grown)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    return grown
+    return made_once(grown, lambda building: _build(directory, built, model, device, needed, building))
 
 
 def read_growth(directory: Path) -> Growth | None:
@@ -121,9 +104,6 @@ def _build(
     file = building / NEW_ROWS
     file.parent.mkdir()
     save_file(rows, file, {"format": "pt", "vocabulary": str(needed), "directory": str(directory.resolve())})
-    for written in (file, building / "config.json"):
-        with written.open("rb") as opened:
-            os.fsync(opened.fileno())
 
 
 def _with_vocabulary(config: dict[str, Any], vocabulary: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from understudy.models.adapters.directory import (
 )
 from understudy.models.adapters.form import AdapterForm
 from understudy.models.adapters.initialization import materialize_adapter
-from understudy.models.adapters.library import require_peft
+from understudy.models.adapters.peft_package import require_peft
 from understudy.models.adapters.registry import make_config
 from understudy.models.build import make_language_model, open_weights
 from understudy.models.identity import model_digest

@@ -11,7 +11,7 @@ from understudy.checkpoint.places import find_model
 from understudy.checkpoint.reloading import has_tokenizer
 from understudy.errors import UserError
 from understudy.models.adapters.directory import is_adapter, open_adapter
-from understudy.models.adapters.library import require_peft
+from understudy.models.adapters.peft_package import require_peft
 from understudy.models.source import fetched_directory, model_directory
 from understudy.recipe.schema import Model
 

@@ -15,7 +15,7 @@ from understudy.contracts import LazyTensor
 from understudy.errors import UserError
 from understudy.models.adapters.directory import open_adapter, read_base, read_config
 from understudy.models.adapters.freeze import freeze
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.models.adapters.projections import draw_projections
 from understudy.models.adapters.residual import DOWN, Residual, halved_config
 from understudy.models.build import shared_names

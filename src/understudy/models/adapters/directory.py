@@ -71,7 +71,7 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
 
 def read_config(directory: Path) -> PeftConfig:
     """peft's configuration of the adapter in `directory`. Raises `UserError` where it is damaged, or peft absent."""
-    from understudy.models.adapters.library import import_peft
+    from understudy.models.adapters.peft_package import import_peft
 
     peft = import_peft()
     adapter_settings(directory)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from filelock import FileLock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,13 +20,13 @@ from understudy.contracts import LazyTensor
 from understudy.errors import UserError
 from understudy.models.adapters.attachment import NAME, wrap
 from understudy.models.adapters.directory import PROMPT, WEIGHTS, BaseReference, stored_key, write_base
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.models.adapters.residual import DOWN, UP, double, is_down, is_up
 from understudy.models.build import shared_names
 from understudy.models.language_model import LanguageModel
+from understudy.models.made_once import made_once
 from understudy.models.names import canonical_name
 from understudy.models.quantization.linear import QuantizedLinear
-from understudy.recipe.cache_disk import writing_cache
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -64,20 +60,7 @@ def materialize_adapter(
     described = [_described(config), vars(base), vocabulary, seed, torch.__version__, peft.__version__]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     directory = cache / "adapters" / digest[:32]
-    if directory.is_dir():
-        return directory
-    with writing_cache(directory.parent):
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{directory}.lock"):
-            if directory.is_dir():
-                return directory
-            building = Path(tempfile.mkdtemp(prefix=f"{directory.name}.", dir=directory.parent))
-            try:
-                _build(config, make_model(), read, base, seed, building)
-                building.rename(directory)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    return directory
+    return made_once(directory, lambda building: _build(config, make_model(), read, base, seed, building))
 
 
 def _described(config: PeftConfig) -> Mapping[str, Any]:
@@ -107,9 +90,6 @@ def _build(
         warnings.simplefilter("ignore")
         config.save_pretrained(str(directory))
     write_base(directory, base)
-    for file in directory.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
 
 
 def _is_prompt(config: PeftConfig) -> bool:

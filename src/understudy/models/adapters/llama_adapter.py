@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 from transformers import PreTrainedModel
 
 from understudy.errors import UserError
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.recipe.adapters import LlamaAdapter
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.attachment import NAME, inject
 from understudy.models.adapters.directory import CONFIG, adapter_settings, open_adapter, read_config
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.models.build import make_language_model, open_weights, shared_names
 from understudy.models.names import canonical_name
 from understudy.models.quantization.linear import QuantizedLinear

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import PreTrainedModel
 
-from understudy.models.adapters.library import import_peft
+from understudy.models.adapters.peft_package import import_peft
 from understudy.recipe.adapters import PromptTuning
 
 if TYPE_CHECKING:

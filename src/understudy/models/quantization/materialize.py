@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,11 +22,11 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from understudy.errors import UserError
 from understudy.models.architecture import UNBUILDABLE, invalid_config, make_config
+from understudy.models.made_once import made_once
 from understudy.models.quantization.bitsandbytes_package import bitsandbytes_version
 from understudy.models.quantization.codecs import bitsandbytes_4bit, bitsandbytes_8bit
 from understudy.models.source import read_config_file
 from understudy.models.weights import stored_files
-from understudy.recipe.cache_disk import writing_cache
 from understudy.recipe.schema import Quantization
 
 __all__ = ["materialize_quantized"]
@@ -64,21 +61,12 @@ def materialize_quantized(
     described = [identity, quantization.data_type, quantization.nested, bitsandbytes_version()]
     digest = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     made = cache / "quantized" / digest[:32]
-    if made.is_dir():
-        return made
-    with writing_cache(made.parent):
-        made.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{made}.lock"):
-            if made.is_dir():
-                return made
-            report(f"quantizing {directory} to {quantization.data_type}, once on this machine …")
-            building = Path(tempfile.mkdtemp(prefix=f"{made.name}.", dir=made.parent))
-            try:
-                _build(directory, config, quantization, building)
-                building.rename(made)
-            finally:
-                shutil.rmtree(building, ignore_errors=True)
-    return made
+
+    def build(building: Path) -> None:
+        report(f"quantizing {directory} to {quantization.data_type}, once on this machine …")
+        _build(directory, config, quantization, building)
+
+    return made_once(made, build)
 
 
 def _build(directory: Path, config: dict[str, Any], quantization: Quantization, made: Path) -> None:
@@ -108,9 +96,6 @@ def _build(directory: Path, config: dict[str, Any], quantization: Quantization, 
                 shutil.copyfile(file, made / file.name)
     described = {**config, "quantization_config": _section(config, quantization, skipped)}
     (made / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    for file in made.iterdir():
-        with file.open("rb") as written:
-            os.fsync(written.fileno())
 
 
 def _network(config: dict[str, Any]) -> PreTrainedModel:
