@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,22 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.distributed import scenario
-from understudy.contracts import Batch, LazyTensor, LossSum, Objective, Strategy
-from understudy.devices.device import Device, find_device
+from understudy.contracts import Batch, LazyTensor, LossSum, Objective
+from understudy.devices.device import find_device
 from understudy.errors import DivergedError
 from understudy.models.adapters.attachment import trained_names
-from understudy.models.adapters.switching import without_adapter
-from understudy.models.build import make_language_model, open_weights
 from understudy.models.names import canonical_name
 from understudy.objectives.registry import make_objective
-from understudy.objectives.teachers import base_teacher
-from understudy.objectives.teachers.model_teacher import ModelTeacher
-from understudy.objectives.teachers.teacher import Teaching
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.parallel.world import World, process_group
 from understudy.recipe.environment import process_environment
-from understudy.recipe.objectives import BaseTeacher, Distillation, ShardedTeacher
-from understudy.recipe.schema import Model, Recipe
-from understudy.strategies.precision import precision_of
+from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
-from understudy.strategies.teaching import hold, hold_sharded
-from understudy.training.adapting import Adapted, adapted_model
+from understudy.training.adapting import adapted_model
+from understudy.training.job import TeacherPlace
+from understudy.training.teaching import make_teaching
+
+TEACHER = TeacherPlace(None, None, scenario.VOCABULARY)
 
 
 class Poisoned:
@@ -86,7 +81,10 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=False))
     reader = CountingReader(adapted.read)
     strategy.load_state(reader)
-    objective = make_objective(recipe.objective, teaching_of(recipe, adapted, strategy, device, world))
+    objective = make_objective(
+        recipe.objective,
+        make_teaching(recipe, TEACHER, adapted.model, strategy, device.torch_device(world.local_rank), world),
+    )
     for step in range(case["poisoned_steps"]):
         batches = scenario.micro_batches(step, world.rank, world.size)
         try:
@@ -117,24 +115,6 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     if case["count_reads"]:
         return {"elements_read": reader.elements, "frozen_bytes": strategy.held_bytes().frozen}
     return {"losses": losses, "norms": norms, "evaluation": float(evaluation.loss) / int(evaluation.num_tokens)}
-
-
-def teaching_of(recipe: Recipe, student: Adapted, strategy: Strategy, device: Device, world: World) -> Teaching | None:
-    """As `training.teaching` puts it together, of models that have no tokenizer."""
-    if not isinstance(recipe.objective, Distillation):
-        return None
-    section, teacher_device = recipe.objective.teacher, device.torch_device(world.local_rank)
-    if isinstance(section, BaseTeacher):
-        adapter_off = partial(without_adapter, student.model)
-        return Teaching(base_teacher.BaseTeacher(strategy.hidden, adapter_off, student.model.head), scenario.VOCABULARY)
-    directory = Path(section.path)
-    model = make_language_model(directory, Model(path=section.path), device)
-    read, dtype = open_weights(directory, model), precision_of(recipe.training.precision).compute
-    if isinstance(section, ShardedTeacher):
-        hold_sharded(model, read, teacher_device, dtype, world)
-    else:
-        hold(model, read, teacher_device, dtype)
-    return Teaching(ModelTeacher(model, model.head), scenario.VOCABULARY)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from understudy.models.head import LossHead
 from understudy.models.logits import Identity, LogitTransform
 
 __all__ = ["DenseTargets", "SampledTargets", "Targets", "TargetsPart", "TeacherLogits", "TopKTargets"]
@@ -66,6 +67,17 @@ class DenseTargets:
             with torch.autocast(hidden.device.type, enabled=False):
                 raw = F.linear(hidden[rows], weight, bias)
             return to_logits(raw if raw.dtype == torch.float64 else raw.float(), derivative=False)[0]
+
+        return cls(logits, len(hidden))
+
+    @classmethod
+    def through(cls, hidden: Tensor, head: LossHead) -> DenseTargets:
+        """From `hidden` [N, Ht] and the head that makes logits of it. Its weight is looked at when they are asked for:
+        whoever shards it need have it whole only then."""
+
+        def logits(rows: slice) -> Tensor:
+            bias = None if head.bias is None else head.bias.detach()
+            return cls.from_hidden(hidden, head.weight.detach(), bias, head.transform).logits(rows)
 
         return cls(logits, len(hidden))
 

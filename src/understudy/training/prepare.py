@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,10 +82,10 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     with sources.placing("model.path" if recipe.model.path else "model"):
         original = materialized_model(recipe, tokenizer, prepared_data, report)
         directory = grown_model(recipe, quantized_model(recipe, original, report), tokenizer)
-        adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
+        plain = adapted_model(recipe.model_copy(update={"adapter": None}), directory, None)
     with sources.placing("adapter"):
         adapter = find_adapter(recipe, directory, original)
-        adapted = adapted_model(recipe, directory, adapter)
+        adapted = plain if recipe.adapter is None else adapted_model(recipe, directory, adapter)
         if has_new_tokens(recipe, tokenizer):
             require_trained_vocabulary(adapted.model, recipe.adapter)
     model, config = adapted.model, adapted.model.config.get_text_config()
@@ -96,8 +97,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     train = TokenCache.open(data.train)
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
-    _read_companions(recipe, sources, directory, tokenizer, train, adapter)
-    read_by = load_tokenizer(tokenizer, recipe.data.chat_template, trust_remote_code=recipe.model.trust_remote_code)
+    read_by = _read_companions(recipe, sources, directory, tokenizer, train, adapter)
     teacher = find_teacher(recipe, sources, model, read_by, [train, *([evaluation] if evaluation else [])])
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
@@ -151,12 +151,14 @@ def _read_companions(
     tokenizer_directory: Path,
     train: TokenCache,
     adapter: Path | None,
-) -> None:
-    """Reads what the processes will read again, so that damage there is refused before the run begins."""
+) -> Any:
+    """Reads what the processes will read again, so that damage there is refused before the run begins. Returns the
+    tokenizer."""
     trust = recipe.model.trust_remote_code
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer = load_tokenizer(tokenizer_directory, recipe.data.chat_template, trust_remote_code=trust)
         make_companions(directory, recipe.model, tokenizer, train, adapter)
+        return tokenizer
 
 
 def data_preparer(

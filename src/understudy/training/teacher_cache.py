@@ -6,7 +6,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.precision import precision_of
 from understudy.training.job import Job, TeacherPlace, write_job
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, open_teacher
+from understudy.training.teacher_model import TEACHER, OpenedTeacher, judge_teacher, open_teacher
 
 __all__ = [
     "Example",
@@ -42,7 +42,6 @@ __all__ = [
     "build_teacher_cache",
     "describe_cache",
     "examples_of",
-    "in_batches",
     "require_examples",
 ]
 
@@ -71,8 +70,9 @@ class Examples:
         return example_keys(self[i] for i in range(len(self)))
 
 
-def describe_cache(recipe: Recipe, opened: OpenedTeacher, tokenizer: Any) -> CacheDescription:
-    """Names the cache of the recipe's teacher, for a student that reads with `tokenizer`."""
+def describe_cache(recipe: Recipe, opened: OpenedTeacher, tokenizer: Any, shared: int) -> CacheDescription:
+    """Names the cache of the recipe's teacher, for a student that reads with `tokenizer` and has `shared` classes with
+    it."""
     objective = recipe.objective
     assert isinstance(objective, Distillation), "only distillation has a teacher"
     assert isinstance(objective.teacher, CachedTeacher), "only this one is cached"
@@ -82,7 +82,7 @@ def describe_cache(recipe: Recipe, opened: OpenedTeacher, tokenizer: Any) -> Cac
     return CacheDescription(
         teacher=f"{model_digest(opened.directory, cache_directory())} {dtype}",
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
-        contents=_contents(recipe, objective, objective.teacher, opened, dtype),
+        contents=_contents(recipe, objective, objective.teacher, opened, shared, dtype),
     )
 
 
@@ -91,9 +91,9 @@ def _contents(
     objective: Distillation,
     section: CachedTeacher,
     opened: OpenedTeacher,
+    shared: int,
     dtype: str,
 ) -> Contents:
-    shared = opened.shared_classes
     if section.targets == "hidden":
         return Hidden(opened.model.head.in_features, "fp32" if dtype == "float32" else "bf16")
     if section.targets == "samples":
@@ -156,8 +156,9 @@ def build_teacher_cache(recipe: Recipe, sources: SourceMap, say: Callable[[str],
     examples = Examples(tuple(TokenCache.open(path) for path in (data.train, data.evaluation) if path is not None))
     longest = max(int(cache.lengths.max()) for cache in examples.caches)
     with sources.placing(TEACHER):
-        opened = open_teacher(resolved, objective.teacher, tokenizer, longest)
-    description = describe_cache(resolved, opened, tokenizer)
+        opened = open_teacher(resolved, objective.teacher)
+        shared = judge_teacher(opened, objective.teacher.path, tokenizer, longest)
+    description = describe_cache(resolved, opened, tokenizer, shared)
     cache = description.directory(cache_directory())
     job = Job(
         recipe=resolved,
@@ -166,7 +167,7 @@ def build_teacher_cache(recipe: Recipe, sources: SourceMap, say: Callable[[str],
         model_directory=opened.directory,
         adapter_directory=None,
         tokenizer_directory=tokenizer_directory,
-        teacher=TeacherPlace(opened.directory, cache, opened.shared_classes),
+        teacher=TeacherPlace(opened.directory, cache, shared),
         train=data.train,
         evaluation=data.evaluation,
     )
@@ -190,17 +191,3 @@ def _launch(job: Job, processes: int, cores: int, *, accelerated: bool) -> None:
 
 def examples_of(job: Job) -> Examples:
     return Examples(tuple(TokenCache.open(path) for path in (job.train, job.evaluation) if path is not None))
-
-
-def in_batches(lengths: Sequence[int], most_tokens: int) -> Iterator[list[int]]:
-    """Indices in order, as many at a time as have at most so many tokens together, one at least."""
-    batch: list[int] = []
-    total = 0
-    for index, length in enumerate(lengths):
-        if batch and total + length > most_tokens:
-            yield batch
-            batch, total = [], 0
-        batch.append(index)
-        total += length
-    if batch:
-        yield batch

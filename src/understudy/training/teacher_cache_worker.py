@@ -14,14 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from understudy.contracts import IGNORED, Batch
+from understudy.data.binning import consecutive_bins
 from understudy.devices.device import find_device
 from understudy.launch.cause import write_cause
 from understudy.launch.parent import die_with_parent
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.language_model import LanguageModel
-from understudy.models.tokenizer import load_tokenizer
 from understudy.objectives.teachers.cache_contents import Contents, Rows, Samples
-from understudy.objectives.teachers.cache_format import example_key
+from understudy.objectives.teachers.cache_format import example_key, read_description
 from understudy.objectives.teachers.cache_writer import CacheWriter
 from understudy.objectives.teachers.caching import Kept, keep
 from understudy.objectives.teachers.teacher import supervised_positions
@@ -34,7 +34,7 @@ from understudy.strategies.teaching import hold
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.failure import StepNote, ending_on_failure
 from understudy.training.job import Job, read_job
-from understudy.training.teacher_cache import Example, describe_cache, examples_of, in_batches
+from understudy.training.teacher_cache import Example, examples_of
 from understudy.training.teacher_model import open_teacher
 
 __all__ = ["main"]
@@ -66,9 +66,8 @@ def _build(job: Job, device: torch.device, world: World, console: Console) -> No
     assert isinstance(objective, Distillation), "only distillation has a teacher"
     assert isinstance(objective.teacher, CachedTeacher), "only this one is cached"
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
-    tokenizer = load_tokenizer(job.tokenizer_directory, recipe.data.chat_template)
-    teacher = open_teacher(recipe, objective.teacher, tokenizer)
-    description = describe_cache(recipe, teacher, tokenizer)
+    teacher = open_teacher(recipe, objective.teacher)
+    description = read_description(place.cache)
     examples = examples_of(job)
     writer = CacheWriter(place.cache, description, world.rank, world.size, examples.keys())
     hold(teacher.model, teacher.read, device, precision_of(recipe.training.precision).compute)
@@ -107,7 +106,7 @@ def _batched(members: list[Example], recipe: Recipe) -> Iterator[list[Example]]:
     """The same batches whoever builds the shard, so that what comes of them is the same to the bit."""
     most = recipe.training.micro_batch_tokens
     assert most != "auto", "the recipe must be resolved first"
-    for indices in in_batches([len(tokens) for tokens, _ in members], most):
+    for indices in consecutive_bins(np.array([len(tokens) for tokens, _ in members]), capacity=most):
         yield [members[i] for i in indices]
 
 

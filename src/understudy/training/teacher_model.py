@@ -17,7 +17,7 @@ from understudy.recipe.objectives import CachedTeacher, ResidentTeacher, Sharded
 from understudy.recipe.schema import Model, Recipe
 from understudy.strategies.precision import precision_of
 
-__all__ = ["TEACHER", "OpenedTeacher", "open_teacher"]
+__all__ = ["TEACHER", "OpenedTeacher", "judge_teacher", "open_teacher"]
 
 TEACHER = "objective.teacher"
 """Where a recipe names one."""
@@ -29,30 +29,29 @@ class OpenedTeacher(NamedTuple):
     """On the meta device."""
     read: Callable[[str], LazyTensor]
     """Gives its weights."""
-    shared_classes: int
-    """The first so many tokens are the same to the student."""
 
 
-def open_teacher(
-    recipe: Recipe,
-    section: ResidentTeacher | ShardedTeacher | CachedTeacher,
-    student_tokenizer: Any,
-    longest: int = 0,
-) -> OpenedTeacher:
-    """Raises `UserError` when there is no such teacher, when it does not read as the student does, or when it has fewer
-    positions than the `longest` example."""
+def open_teacher(recipe: Recipe, section: ResidentTeacher | ShardedTeacher | CachedTeacher) -> OpenedTeacher:
+    """Raises `UserError` when there is no such teacher."""
     settings = Model(path=section.path, revision=section.revision)
     directory = model_directory(settings)
     dtype = precision_of(recipe.training.precision).compute
     model = make_language_model(directory, settings, find_device(), quantized_dtype=dtype)
-    if model.document_limit is not None and longest > model.document_limit:
+    return OpenedTeacher(directory, model, open_weights(directory, model))
+
+
+def judge_teacher(opened: OpenedTeacher, name: str, student_tokenizer: Any, longest: int) -> int:
+    """How many of the first tokens are the same to the teacher, called `name`, and to the student. Raises `UserError`
+    when the teacher does not read as the student does, or has fewer positions than the `longest` example."""
+    limit = opened.model.document_limit
+    if limit is not None and longest > limit:
         raise UserError(
-            f"the longest example has {longest:,} tokens, and the teacher has positions for {model.document_limit:,}; "
+            f"the longest example has {longest:,} tokens, and the teacher has positions for {limit:,}; "
             "set data.max_length to at most that.",
             key="data.max_length",
         )
-    shared = _shared_classes(load_tokenizer(tokenizer_directory(settings)), student_tokenizer, section.path)
-    return OpenedTeacher(directory, model, open_weights(directory, model), shared)
+    tokenizer = load_tokenizer(tokenizer_directory(Model(path=str(opened.directory))))
+    return _shared_classes(tokenizer, student_tokenizer, name)
 
 
 def _shared_classes(teacher: Any, student: Any, path: str) -> int:

@@ -26,7 +26,7 @@ from understudy.strategies.precision import precision_of
 from understudy.strategies.teaching import hold, hold_sharded
 from understudy.training.job import TeacherPlace
 from understudy.training.teacher_cache import describe_cache, require_examples
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, open_teacher
+from understudy.training.teacher_model import TEACHER, OpenedTeacher, judge_teacher, open_teacher
 
 __all__ = ["find_teacher", "make_teaching"]
 
@@ -44,18 +44,18 @@ def find_teacher(
     if isinstance(section, recipe_section.BaseTeacher):
         return TeacherPlace(None, None, student.config.get_text_config().vocab_size)
     with sources.placing(TEACHER):
-        opened = open_teacher(recipe, section, student_tokenizer, max(int(cache.lengths.max()) for cache in data))
+        opened = open_teacher(recipe, section)
+        shared = judge_teacher(opened, section.path, student_tokenizer, max(int(cache.lengths.max()) for cache in data))
     if not isinstance(section, recipe_section.CachedTeacher):
-        return TeacherPlace(opened.directory, None, opened.shared_classes)
-    description = describe_cache(recipe, opened, student_tokenizer)
-    return TeacherPlace(opened.directory, require_examples(sources, description, data), opened.shared_classes)
+        return TeacherPlace(opened.directory, None, shared)
+    description = describe_cache(recipe, opened, student_tokenizer, shared)
+    return TeacherPlace(opened.directory, require_examples(sources, description, data), shared)
 
 
 def make_teaching(
     recipe: Recipe,
     place: TeacherPlace | None,
     student: LanguageModel,
-    student_tokenizer: Any,
     strategy: Strategy,
     device: torch.device,
     world: World,
@@ -70,7 +70,7 @@ def make_teaching(
     if isinstance(section, recipe_section.BaseTeacher):
         base = BaseTeacher(strategy.hidden, partial(without_adapter, student), student.head)
         return Teaching(base, place.shared_classes)
-    opened = open_teacher(recipe, section, student_tokenizer)
+    opened = open_teacher(recipe, section)
     teacher: Teacher
     if isinstance(section, recipe_section.CachedTeacher):
         assert place.cache is not None, "the parent found it"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.contracts import Batch
@@ -34,12 +32,5 @@ class BaseTeacher:
     def targets(self, batch: Batch) -> DenseTargets:
         with self._without_adapter():
             hidden = self._hidden(batch, supervised_positions(batch))
-
-        def logits(rows: slice) -> Tensor:
-            # The head computes the student's loss at this moment, so that its weight is whole whoever shards it.
-            head = self._head
-            with torch.no_grad():
-                raw = F.linear(hidden[rows], head.weight.to(hidden.dtype), head.bias)
-                return head.transform(raw.float(), derivative=False)[0]
-
-        return DenseTargets(logits, len(hidden))
+        # The head computes the student's loss when it asks for logits, so that its weight is whole whoever shards it.
+        return DenseTargets.through(hidden, self._head)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
-
 from understudy.contracts import IGNORED, Batch
 from understudy.models.head import LossHead
 from understudy.objectives.targets import DenseTargets, SampledTargets, Targets, TopKTargets
@@ -32,10 +30,5 @@ class CachedTeacher:
             return TopKTargets(rows.ids.to(device), rows.log_probs.to(device), rows.tail.to(device))
         if isinstance(rows, SampleRows):
             return SampledTargets(rows.ids.to(device))
-        head = self._head
-        assert head is not None, "hidden states are nothing without their head"
-        with torch.no_grad():
-            hidden = rows.hidden.to(device, head.weight.dtype)
-            return DenseTargets.from_hidden(
-                hidden, head.weight.detach(), None if head.bias is None else head.bias.detach(), head.transform
-            )
+        assert self._head is not None, "hidden states are nothing without their head"
+        return DenseTargets.through(rows.hidden.to(device, self._head.weight.dtype), self._head)

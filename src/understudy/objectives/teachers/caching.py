@@ -51,8 +51,7 @@ def keep(contents: Contents, hidden: Tensor, head: LossHead, seeds: Sequence[tup
 
 def _log_probs(contents: TopK | Samples, hidden: Tensor, head: LossHead) -> Iterator[Tensor]:
     """[n, V] fp32 a chunk, of the classes that the cache is about, at its temperature; one chunk at least."""
-    bias = None if head.bias is None else head.bias.detach()
-    dense = DenseTargets.from_hidden(hidden, head.weight.detach(), bias, head.transform)
+    dense = DenseTargets.through(hidden, head)
     size = max(1, CHUNK_BYTES // (4 * len(head.weight)))
     for start in range(0, max(1, len(hidden)), size):
         logits = dense.logits(slice(start, min(start + size, len(hidden))))

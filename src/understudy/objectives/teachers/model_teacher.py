@@ -27,7 +27,4 @@ class ModelTeacher:
     def targets(self, batch: Batch) -> DenseTargets:
         with torch.no_grad():
             hidden: Tensor = self._module(batch, hidden_at=supervised_positions(batch))
-        head = self._head
-        return DenseTargets.from_hidden(
-            hidden, head.weight.detach(), None if head.bias is None else head.bias.detach(), head.transform
-        )
+        return DenseTargets.through(hidden, self._head)
