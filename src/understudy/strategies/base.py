@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -61,25 +61,29 @@ class ModuleStrategy(ABC):
     def held_bytes(self) -> HeldBytes:
         return held_bytes(self.module)
 
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
+    @contextmanager
+    def _inferring(self) -> Iterator[None]:
+        """Entered around passes without gradient: the module is in eval mode, and after them in the mode it was in."""
+        was_training = self.module.training
         self.module.eval()
         with torch.no_grad():
+            yield
+        self.module.train(was_training)
+
+    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
+        with self._inferring():
             return global_sum(
                 [objective.loss(self.module, objective.prepare(batch.to(self.device))) for batch in micro_batches]
             )
 
     def logits(self, batch: Batch, at: Tensor) -> Tensor:
-        self.module.eval()
-        with torch.no_grad():
+        with self._inferring():
             logits: Tensor = self.module(batch.to(self.device), logits_at=at.to(self.device))
-            return logits
+        return logits
 
     def hidden(self, batch: Batch, at: Tensor) -> Tensor:
-        was_training = self.module.training
-        self.module.eval()
-        with torch.no_grad():
+        with self._inferring():
             hidden: Tensor = self.module(batch.to(self.device), hidden_at=at.to(self.device))
-        self.module.train(was_training)
         return hidden
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from understudy.contracts import Batch, LossSum, Objective
 from understudy.models.language_model import LanguageModel
 from understudy.parallel.world import World
 from understudy.recipe.schema import FSDP, Recipe
@@ -65,22 +64,10 @@ class FSDPStrategy(TorchStrategy):
         self._units: list[Any] = [*module.decoder_layers(), module]
         self.optimizer = make_optimizer(self._parameters().items())
 
-    def evaluate(self, micro_batches: Sequence[Batch], objective: Objective) -> LossSum:
-        total = super().evaluate(micro_batches, objective)
-        self._reshard()
-        return total
-
-    def logits(self, batch: Batch, at: Tensor) -> Tensor:
-        logits = super().logits(batch, at)
-        self._reshard()
-        return logits
-
-    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
-        hidden = super().hidden(batch, at)
-        self._reshard()
-        return hidden
-
-    def _reshard(self) -> None:
-        """Where parameters stay whole until the backward pass, none comes after these, and a save would find wholes."""
+    @contextmanager
+    def _inferring(self) -> Iterator[None]:
+        with super()._inferring():
+            yield
+        # Where parameters stay whole until the backward pass, none comes, and a save would find wholes.
         for unit in self._units:
             unit.reshard()

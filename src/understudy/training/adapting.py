@@ -12,9 +12,7 @@ from understudy.checkpoint.form import WHOLE_MODEL, Form
 from understudy.contracts import LazyTensor
 from understudy.devices.device import find_device
 from understudy.models.adapters.attachment import adapt, trained_names
-from understudy.models.adapters.directory import (
-    BaseReference,
-)
+from understudy.models.adapters.directory import BaseReference
 from understudy.models.adapters.form import AdapterForm
 from understudy.models.adapters.initialization import materialize_adapter
 from understudy.models.adapters.peft_package import require_peft
@@ -65,23 +63,16 @@ def find_adapter(recipe: Recipe, model_directory: Path, original: Path) -> Path 
     if adapter is None or isinstance(adapter, Freeze):
         return None
     require_peft()
-    base, make = _base(recipe, original), _maker(recipe, model_directory)
-    model = make()
+    base, dtype = _base(recipe, original), precision_of(recipe.training.precision).compute
+    model = make_language_model(model_directory, recipe.model, find_device(), quantized_dtype=dtype)
     config = make_config(adapter, model.network)
     if adapter.path is not None:
         directory = Path(adapter.path).expanduser()
         require_adapter(directory, adapter, config.to_dict())
         require_same_base(directory, base.digest, "adapter.path")
         return directory
-    return materialize_adapter(
-        config,
-        make,
-        open_weights(model_directory, model),
-        base,
-        seed=recipe.training.seed,
-        vocabulary=model.config.get_text_config().vocab_size,
-        cache=cache_directory(),
-    )
+    read = open_weights(model_directory, model)
+    return materialize_adapter(config, model, read, base, seed=recipe.training.seed, cache=cache_directory())
 
 
 def saved_dtype(recipe: Recipe) -> torch.dtype:
@@ -101,8 +92,3 @@ def _base(recipe: Recipe, original: Path) -> BaseReference:
         quantization=None if recipe.quantization is None else recipe.quantization.model_dump(mode="json"),
         new_tokens=recipe.model.new_tokens,
     )
-
-
-def _maker(recipe: Recipe, model_directory: Path) -> Callable[[], LanguageModel]:
-    dtype = precision_of(recipe.training.precision).compute
-    return lambda: make_language_model(model_directory, recipe.model, find_device(), quantized_dtype=dtype)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from understudy.contracts import TensorSpec
 from understudy.models.adapters.directory import open_adapter, read_base, stored_key
-from understudy.models.adapters.residual import double, is_down, is_up
+from understudy.models.adapters.residual import double, first_values, is_down, is_up
 from understudy.models.build import shared_names
 from understudy.models.language_model import LanguageModel
 from understudy.models.weights import WeightReader
@@ -49,11 +49,7 @@ class AdapterForm:
     def parts(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         values = tensor
         if self._first is not None and (is_down(name) or is_up(name)):
-            values = double(name, tensor, self._first_values(name, tensor))
+            rank = tensor.shape[0 if is_down(name) else 1]
+            values = double(name, tensor, first_values(name, self._first(name)[:].to(tensor), rank))
         for key in self._aliases.get(name, [name]):
             yield stored_key(key), values
-
-    def _first_values(self, name: str, trained: Tensor) -> Tensor:
-        assert self._first is not None
-        stored = self._first(name)[:].to(trained)
-        return stored[len(trained) :] if is_down(name) else -stored[:, trained.shape[1] :]

@@ -41,26 +41,25 @@ _DECOMPOSITIONS = {"pissa": "pissa_init", "olora": "olora_init"}
 
 def materialize_adapter(
     config: PeftConfig,
-    make_model: Callable[[], LanguageModel],
+    model: LanguageModel,
     read: Read,
     base: BaseReference,
     *,
     seed: int,
-    vocabulary: int,
     cache: Path,
 ) -> Path:
     """An adapter directory with peft's own first values for `config`, drawn under `seed`.
 
-    `make_model` gives the base on the meta device, with `vocabulary` rows of embeddings, and `read` its weights; those
-    that a beginning depends on are in memory one at a time. The directory lies in `cache` under a digest of all that
+    `model` is the base on the meta device, which is used up, and `read` gives its weights; those that a beginning
+    depends on are in memory one at a time. The directory lies in `cache` under a digest of all that
     decides its contents; one process builds it, others wait, and it appears whole. Raises `UserError` where model and
     adapter do not fit.
     """
-    peft = import_peft()
+    peft, vocabulary = import_peft(), model.config.get_text_config().vocab_size
     described = [_described(config), vars(base), vocabulary, seed, torch.__version__, peft.__version__]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
     directory = cache / "adapters" / digest[:32]
-    return made_once(directory, lambda building: _build(config, make_model(), read, base, seed, building))
+    return made_once(directory, lambda building: _build(config, model, read, base, seed, building))
 
 
 def _described(config: PeftConfig) -> Mapping[str, Any]:

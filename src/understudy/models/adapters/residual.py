@@ -15,7 +15,7 @@ from torch import Tensor
 
 from understudy.contracts import LazyTensor
 
-__all__ = ["DOWN", "UP", "Residual", "double", "halved_config", "is_down", "is_up"]
+__all__ = ["DOWN", "UP", "Residual", "double", "first_values", "halved_config", "is_down", "is_up"]
 
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 Read = Callable[[str], LazyTensor]
@@ -34,6 +34,11 @@ def is_up(name: str) -> bool:
 def double(name: str, trained: Tensor, first: Tensor) -> Tensor:
     """What files hold of an A or a B: the trained values, and behind them the first ones, which are taken away."""
     return torch.cat([trained, first]) if is_down(name) else torch.cat([trained, -first], dim=1)
+
+
+def first_values(name: str, stored: Tensor, rank: int) -> Tensor:
+    """The other way round: the first values of an A or a B of `rank`, out of what files hold."""
+    return stored[rank:] if is_down(name) else -stored[:, rank:]
 
 
 def halved_config(config: Any) -> Any:
@@ -60,8 +65,7 @@ class Residual:
 
     def first(self, name: str) -> Tensor:
         """The first values of an A or a B."""
-        stored = self._files(name)[:]
-        return stored[self._rank :] if is_down(name) else -stored[:, self._rank :]
+        return first_values(name, self._files(name)[:], self._rank)
 
     def base(self, name: str) -> LazyTensor:
         """A weight of the base that an A and a B adapt, less the part that these began with."""
