@@ -28,8 +28,6 @@ from understudy.training.adapting import adapted_model
 from understudy.training.job import TeacherPlace
 from understudy.training.teaching import make_teaching
 
-TEACHER = TeacherPlace(None, None, scenario.VOCABULARY)
-
 
 class Poisoned:
     """An objective whose gradient is not finite; with `value_only`, its loss alone, and on rank 0 alone."""
@@ -71,6 +69,10 @@ class Counted:
         return part
 
 
+def place_of(section: Any) -> TeacherPlace:
+    return TeacherPlace(None if section.kind == "base" else Path(section.path), None, scenario.VOCABULARY)
+
+
 def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any]:
     recipe = Recipe.model_validate(case["recipe"])
     directory = Path(case["model"])
@@ -81,9 +83,10 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=False))
     reader = CountingReader(adapted.read)
     strategy.load_state(reader)
+    teachers = [place_of(section) for section in getattr(recipe.objective, "teachers", ())]
     objective = make_objective(
         recipe.objective,
-        make_teaching(recipe, TEACHER, adapted.model, strategy, device.torch_device(world.local_rank), world),
+        make_teaching(recipe, teachers, adapted.model, strategy, device.torch_device(world.local_rank), world),
     )
     for step in range(case["poisoned_steps"]):
         batches = scenario.micro_batches(step, world.rank, world.size)

@@ -42,7 +42,7 @@ def test_a_job_is_read_back_as_it_was_written(tmp_path: Path, evaluation: Path |
         model_directory=Path("model"),
         adapter_directory=Path("adapter"),
         tokenizer_directory=Path("tokenizer"),
-        teacher=TeacherPlace(Path("teacher"), None, 7),
+        teachers=(TeacherPlace(Path("teacher"), None, 7), TeacherPlace(None, None, 9)),
         train=Path("cache/t"),
         evaluation=evaluation,
     )

@@ -48,6 +48,8 @@ def violations(changes: dict[str, Any]) -> dict[str, str]:
 
 HYBRID = {"kind": "fsdp", "sharding": "hybrid_shard"}
 TAUGHT = {"kind": "distillation", "teacher": {"kind": "resident", "path": "t"}}
+SERVER = {"kind": "server", "path": "t", "endpoints": ["http://127.0.0.1:1/v1"]}
+SEVERAL = {"kind": "several", "teachers": [{"kind": "resident", "path": "t"}, SERVER]}
 CACHED = {"kind": "distillation", "teacher": {"kind": "cache", "path": "t", "targets": "samples", "k": 12}}
 HIDDEN = {"kind": "cache", "path": "t", "targets": "hidden"}
 RANDOM = {"init": "random", "tokenizer": "t", "config": {"model_type": "llama"}}
@@ -183,6 +185,14 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         ],
     ),
     (
+        "each_of_several_teachers_has_a_weight",
+        [("objective.teacher.weights", {"objective": {**TAUGHT, "teacher": {**SEVERAL, "weights": [1.0]}}})],
+        [
+            {"objective": {**TAUGHT, "teacher": {**SEVERAL, "weights": [1.0, 3.0]}}},
+            {"objective": {**TAUGHT, "teacher": SEVERAL}},
+        ],
+    ),
+    (
         "a_base_teaches_without_its_adapter",
         [
             ("objective.teacher", {"objective": {"kind": "distillation", "teacher": "base"}}),
@@ -206,6 +216,32 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         "hidden_states_have_no_k",
         [("objective.teacher.k", {"objective": {**TAUGHT, "teacher": {**HIDDEN, "k": 3}}})],
         [{"objective": {**TAUGHT, "teacher": HIDDEN}}, {"objective": CACHED}],
+    ),
+    (
+        "a_server_speaks_at_temperature_one",
+        [("objective.temperature", {"objective": {**TAUGHT, "teacher": SERVER, "temperature": 2.0}})],
+        [{"objective": {**TAUGHT, "teacher": SERVER}}, {"objective": {**TAUGHT, "temperature": 2.0}}],
+    ),
+    (
+        "what_a_student_says_itself_is_in_no_cache",
+        [("objective.teacher", {"objective": {**CACHED, "on_policy_fraction": 0.5}})],
+        [{"objective": CACHED}, {"objective": {**TAUGHT, "on_policy_fraction": 0.5}}],
+    ),
+    (
+        "on_policy_settings_are_read",
+        [
+            ("objective.on_policy", {"objective": {**TAUGHT, "on_policy": {"temperature": 0.5}}}),
+            (
+                "objective.on_policy.model",
+                {"objective": {**TAUGHT, "on_policy_fraction": 0.5, "on_policy": {"model": "student"}}},
+            ),
+        ],
+        [{"objective": {**TAUGHT, "on_policy_fraction": 0.5, "on_policy": {"temperature": 0.5}}}],
+    ),
+    (
+        "hidden_states_are_those_of_one_model_here",
+        [("objective.hidden_states", {"objective": {**CACHED, "hidden_states": {}}})],
+        [{"objective": {**TAUGHT, "hidden_states": {"loss": "cosine"}}}, {"objective": CACHED}],
     ),
     (
         "quantized_weights_are_frozen",

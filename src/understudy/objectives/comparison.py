@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from understudy.objectives.divergences.registry import Divergence
-from understudy.objectives.targets import SampledTargets, TargetsPart, TeacherLogits, TopKTargets
+from understudy.objectives.targets import SampledTargets, SeveralParts, TargetsPart, TeacherLogits, TopKTargets
 
 __all__ = ["Comparison", "compare"]
 
@@ -29,6 +29,8 @@ def compare(
 ) -> Comparison:
     """`logits` [n, V] fp32 or fp64. Of both vocabularies only the first `shared` classes are compared, and no more than
     either has; both distributions are renormalised over them."""
+    if isinstance(targets, SeveralParts):
+        return _with_several(logits, targets, divergence, temperature)
     classes = logits.shape[1] if shared is None else min(shared, logits.shape[1])
     if isinstance(targets, TeacherLogits):
         classes = min(classes, targets.logits.shape[1])
@@ -37,6 +39,19 @@ def compare(
     if isinstance(targets, TopKTargets):
         return _with_largest(logits[:, :classes], targets, divergence, temperature)
     return _with_draws(logits[:, :classes], targets, temperature)
+
+
+def _with_several(logits: Tensor, targets: SeveralParts, divergence: Divergence, temperature: float) -> Comparison:
+    """The mean over teachers by their shares; the likeliest class is that of the one with the largest."""
+    value, gradient = logits.new_zeros(len(logits)), torch.zeros_like(logits)
+    chosen = max(range(len(targets.members)), key=lambda i: targets.members[i][0])
+    for i, (share, shared, told) in enumerate(targets.members):
+        each = compare(logits, told, divergence, temperature, shared)
+        value.add_(each.divergence, alpha=share)
+        gradient[:, : each.gradient.shape[1]].add_(each.gradient, alpha=share)
+        if i == chosen:
+            choice = each.teacher_choice
+    return Comparison(value, gradient, choice)
 
 
 def _with_all(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float) -> Comparison:

@@ -18,16 +18,18 @@ __all__ = ["DistillationObjective"]
 class DistillationObjective:
     """Σ (1 − w)·τ²·D(teacher, student) + w·cross-entropy over supervised tokens, in nats.
 
-    `shared_classes` is the size of the vocabulary that both models' tokenizers share. Metrics are those of
-    `DistillationLoss`.
+    `shared_classes` is the size of the vocabulary that both models' tokenizers share, where targets do not say. Metrics
+    are those of `DistillationLoss`.
     """
 
-    def __init__(self, settings: recipe.Distillation, teacher: Teacher, shared_classes: int) -> None:
+    def __init__(self, settings: recipe.Distillation, teacher: Teacher, shared_classes: int | None) -> None:
         self._settings = settings
         self._teacher = teacher
         self._shared_classes = shared_classes
 
     def prepare(self, batch: Batch) -> Batch:
+        if batch.targets is not None:  # asked before the step
+            return batch
         return replace(batch, targets=self._teacher.targets(batch))
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:

@@ -16,7 +16,17 @@ from torch import Tensor
 from understudy.models.head import LossHead
 from understudy.models.logits import Identity, LogitTransform
 
-__all__ = ["DenseTargets", "SampledTargets", "Targets", "TargetsPart", "TeacherLogits", "TopKTargets"]
+__all__ = [
+    "DenseTargets",
+    "SampledTargets",
+    "SeveralParts",
+    "SeveralTargets",
+    "Targets",
+    "TargetsPart",
+    "TeacherLogits",
+    "TopKTargets",
+    "WeightedTargets",
+]
 
 
 class Targets(Protocol):
@@ -124,5 +134,38 @@ class SampledTargets:
         return SampledTargets(self.ids[rows])
 
 
-TargetsPart = TeacherLogits | TopKTargets | SampledTargets
+@dataclass(frozen=True)
+class WeightedTargets:
+    """What one of several teachers says."""
+
+    share: float
+    """Of the divergence."""
+    shared_classes: int | None
+    """See `compare`."""
+    targets: Targets
+
+
+@dataclass(frozen=True)
+class SeveralTargets:
+    """What several teachers say about the same positions; their shares add up to 1."""
+
+    members: tuple[WeightedTargets, ...]
+
+    def __len__(self) -> int:
+        return len(self.members[0].targets)
+
+    def part(self, rows: slice) -> SeveralParts:
+        return SeveralParts(tuple((each.share, each.shared_classes, each.targets.part(rows)) for each in self.members))
+
+
+@dataclass(frozen=True)
+class SeveralParts:
+    members: tuple[tuple[float, int | None, TargetsPart], ...]
+    """Share, shared classes, and what is said about the rows."""
+
+    def part(self, rows: slice) -> SeveralParts:
+        return SeveralParts(tuple((share, shared, told.part(rows)) for share, shared, told in self.members))
+
+
+TargetsPart = TeacherLogits | TopKTargets | SampledTargets | SeveralParts
 """What the loss can compare with a student; each kind needs a comparison of its own."""

@@ -7,19 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from understudy.recipe.section import Count, Fraction, Section
+from understudy.recipe.teachers import OneTeacher, SeveralTeachers, Teacher, expand_teacher
 
-__all__ = [
-    "BaseTeacher",
-    "CachedTeacher",
-    "CausalLM",
-    "Distillation",
-    "Objective",
-    "ResidentTeacher",
-    "ShardedTeacher",
-    "Teacher",
-]
+__all__ = ["CausalLM", "Distillation", "HiddenStates", "Objective", "OnPolicy"]
 
 Weight = Annotated[float, Field(gt=0.0, le=1000.0)]
+LayerNumber = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class CausalLM(Section):
@@ -27,50 +20,36 @@ class CausalLM(Section):
     """Next-token cross-entropy."""
 
 
-class ModelTeacher(Section):
-    """A teacher that is a model of its own."""
+class HiddenStates(Section):
+    """Hold the student's hidden states to the teacher's, beside the divergence."""
 
-    path: str
-    """Hub id or directory of the teacher; one that is stored quantized is taken as it is."""
-    revision: str | None = None
-    """Hub branch, tag or commit."""
-
-
-class ResidentTeacher(ModelTeacher):
-    kind: Literal["resident"] = "resident"
-    """The whole teacher in each process."""
-
-
-class ShardedTeacher(ModelTeacher):
-    kind: Literal["sharded"] = "sharded"
-    """The teacher's layers shared out over the processes (FSDP2), its embedding and head in each."""
+    loss: Literal["mse", "cosine"] = "mse"
+    """Mean squared difference over the width, or one minus the cosine."""
+    weight: Weight = 1.0
+    """Factor on it; it is a mean over pairs of layers."""
+    layers: (
+        Annotated[
+            tuple[Annotated[tuple[LayerNumber, LayerNumber], Field(strict=False)], ...],
+            Field(min_length=1, strict=False),
+        ]
+        | Literal["last", "uniform"]
+    ) = "uniform"
+    """Pairs of a student's and a teacher's, from 0; the last of both; or the student's, spread over the teacher's."""
 
 
-class BaseTeacher(Section):
-    kind: Literal["base"] = "base"
-    """The student's own base, without its adapter."""
+class OnPolicy(Section):
+    """How a student answers when it is to learn from its own answers."""
 
-
-class CachedTeacher(ModelTeacher):
-    kind: Literal["cache"] = "cache"
-    """What the teacher said, from the disk: `understudy teacher cache` writes it."""
-    targets: Literal["top_k", "samples", "hidden"] = "top_k"
-    """The likeliest tokens and what is left, tokens drawn at random, or the last hidden states."""
-    k: Count | None = None
-    """Tokens kept a position: 64 of `top_k`, 12 of `samples`."""
-
-    @property
-    def kept(self) -> int:
-        """Tokens a position."""
-        return self.k or {"top_k": 64, "samples": 12}[self.targets]
-
-
-Teacher = Annotated[ResidentTeacher | ShardedTeacher | BaseTeacher | CachedTeacher, Field(discriminator="kind")]
-
-
-def expand_teacher(value: object) -> object:
-    """`base` becomes `{kind: base}`."""
-    return {"kind": value} if isinstance(value, str) else value
+    temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
+    """Of sampling; the distillation's own is another."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Draw from the likeliest tokens whose probabilities sum to this."""
+    max_new_tokens: Count = 128
+    """Longest answer."""
+    endpoint: str | None = None
+    """Base address of an OpenAI-compatible server that serves the student, in place of generating here."""
+    model: str | None = None
+    """The name under which it does; `model.path` when left out."""
 
 
 class Distillation(Section):
@@ -86,8 +65,9 @@ class Distillation(Section):
         "skew_reverse_kl",
         "total_variation",
         "adaptive_kl",
+        "uld",
     ] = "forward_kl"
-    """Between the teacher's distribution p and the student's q: KL(p‖q), KL(q‖p) and others."""
+    """Between the teacher's distribution p and the student's q; `uld` takes a teacher with another tokenizer."""
     temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     """Of both distributions; the divergence is multiplied by its square."""
     cross_entropy_weight: Fraction = 0.0
@@ -96,6 +76,17 @@ class Distillation(Section):
     """Of `jsd`: the share of the teacher in the mixture."""
     alpha: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Of the skewed divergences: how much of the other distribution is mixed in."""
+    hidden_states: HiddenStates | None = None
+    """Match hidden states too."""
+    on_policy_fraction: Fraction = 0.0
+    """Share of the steps that train on the student's own answers."""
+    on_policy: OnPolicy = OnPolicy()
+    """How it answers in these."""
+
+    @property
+    def teachers(self) -> tuple[OneTeacher, ...]:
+        """Each of them, one where there are not several."""
+        return self.teacher.teachers if isinstance(self.teacher, SeveralTeachers) else (self.teacher,)
 
 
 Objective = Annotated[CausalLM | Distillation, Field(discriminator="kind")]

@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from understudy.recipe.adapters import Adapter
 from understudy.recipe.objectives import CausalLM, Objective
 from understudy.recipe.presets import expand_kind, expand_strategy
+from understudy.recipe.quantization import Quantization
 from understudy.recipe.section import Count, Decay, Fraction, OpenFraction, Processes, Section
 
 __all__ = [
@@ -103,27 +104,6 @@ class Data(Section):
     """Supervise every token, not only what the assistant says."""
     num_workers: Processes | Literal["auto"] = "auto"
     """Processes that tokenise."""
-
-
-class Quantization(Section):
-    """How the frozen weights of the decoder layers are stored (bitsandbytes); embeddings and head keep their dtype."""
-
-    bits: Literal[4, 8] = 4
-    """8 stores whole numbers with one scale a row."""
-    type: Literal["nf4", "fp4"] | None = None
-    """Of 4 bits: NormalFloat (Dettmers et al., 2023), which is the default, or floating point."""
-    double: bool | None = None
-    """Of 4 bits: store the scales in 8 bits too, which is the default."""
-
-    @property
-    def data_type(self) -> str:
-        """`nf4`, `fp4` or `int8`."""
-        return "int8" if self.bits == 8 else self.type or "nf4"
-
-    @property
-    def nested(self) -> bool:
-        """Whether the scales are quantized too."""
-        return self.bits == 4 and self.double is not False
 
 
 class Optimizer(Section):

@@ -15,10 +15,10 @@ __all__ = ["Job", "TeacherPlace", "read_job", "write_job"]
 
 @dataclass(frozen=True)
 class TeacherPlace:
-    """What every process is told of a teacher."""
+    """What every process is told of one teacher."""
 
     directory: Path | None
-    """Of its model; None where it is the student's base."""
+    """Of its model, as it is loaded; None where it is the student's base or a server's."""
     cache: Path | None
     """Of what it said, where that is read in place of asking it."""
     shared_classes: int
@@ -48,8 +48,8 @@ class Job:
     adapter_directory: Path | None
     """The adapter's first values."""
     tokenizer_directory: Path
-    teacher: TeacherPlace | None
-    """Of a distillation."""
+    teachers: tuple[TeacherPlace, ...]
+    """Of a distillation, in the recipe's order."""
     train: Path
     """Entry of the token cache."""
     evaluation: Path | None
@@ -73,7 +73,7 @@ def write_job(path: Path, job: Job) -> None:
         "model_directory": str(job.model_directory),
         "adapter_directory": None if job.adapter_directory is None else str(job.adapter_directory),
         "tokenizer_directory": str(job.tokenizer_directory),
-        "teacher": None if job.teacher is None else job.teacher.to_json(),
+        "teachers": [place.to_json() for place in job.teachers],
         "train": str(job.train),
         "evaluation": None if job.evaluation is None else str(job.evaluation),
         "checkpoints": job.checkpoints,
@@ -93,7 +93,7 @@ def read_job(path: Path) -> Job:
         model_directory=Path(values["model_directory"]),
         adapter_directory=None if values["adapter_directory"] is None else Path(values["adapter_directory"]),
         tokenizer_directory=Path(values["tokenizer_directory"]),
-        teacher=None if values["teacher"] is None else TeacherPlace.of_json(values["teacher"]),
+        teachers=tuple(TeacherPlace.of_json(place) for place in values["teachers"]),
         train=Path(values["train"]),
         evaluation=None if values["evaluation"] is None else Path(values["evaluation"]),
         checkpoints=values["checkpoints"],

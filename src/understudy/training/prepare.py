@@ -41,7 +41,7 @@ from understudy.training.companions import make_companions
 from understudy.training.existing_adapter import require_same_adapter, require_same_base
 from understudy.training.job import Job
 from understudy.training.pruning import pruned_model
-from understudy.training.teaching import find_teacher
+from understudy.training.teaching import find_teachers
 from understudy.training.worker import training_data
 
 __all__ = ["Prepared", "data_preparer", "grown_model", "materialized_model", "prepare_job", "require_fit"]
@@ -98,7 +98,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
     read_by = _read_companions(recipe, sources, directory, tokenizer, train, adapter)
-    teacher = find_teacher(recipe, sources, model, read_by, [train, *([evaluation] if evaluation else [])])
+    teachers = find_teachers(recipe, sources, model, read_by, [train, *([evaluation] if evaluation else [])], report)
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
         job=Job(
@@ -108,7 +108,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
             model_directory=directory,
             adapter_directory=adapter,
             tokenizer_directory=tokenizer,
-            teacher=teacher,
+            teachers=teachers,
             train=data.train,
             evaluation=data.evaluation,
         ),

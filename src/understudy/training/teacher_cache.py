@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from understudy.data.cache import TokenCache
-from understudy.data.prepare import prepare_data
+from understudy.data.prepare import PreparedData, prepare_data
 from understudy.devices.detect import detect_machine
 from understudy.launch.local import launch_local
 from understudy.launch.run_directory import RunDirectory
@@ -26,20 +26,28 @@ from understudy.objectives.teachers.cache_contents import Contents, Hidden, Samp
 from understudy.objectives.teachers.cache_format import CacheDescription, ExampleKeys, example_keys
 from understudy.objectives.teachers.cache_reader import TeacherCache
 from understudy.objectives.teachers.cache_writer import CacheWriter, building
+from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
 from understudy.recipe.environment import cache_directory
-from understudy.recipe.objectives import CachedTeacher, Distillation
+from understudy.recipe.objectives import Distillation
 from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.strategies.precision import precision_of
+from understudy.recipe.teachers import CachedTeacher
 from understudy.training.job import Job, TeacherPlace, write_job
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, judge_teacher, open_teacher
+from understudy.training.teacher_model import (
+    TEACHER,
+    OpenedTeacher,
+    find_directory,
+    judge_teacher,
+    open_teacher,
+    teacher_dtype,
+)
 
 __all__ = [
     "Example",
     "Examples",
-    "build_teacher_cache",
+    "build_teacher_caches",
     "describe_cache",
     "examples_of",
     "require_examples",
@@ -70,19 +78,19 @@ class Examples:
         return example_keys(self[i] for i in range(len(self)))
 
 
-def describe_cache(recipe: Recipe, opened: OpenedTeacher, tokenizer: Any, shared: int) -> CacheDescription:
-    """Names the cache of the recipe's teacher, for a student that reads with `tokenizer` and has `shared` classes with
-    it."""
+def describe_cache(
+    recipe: Recipe, section: CachedTeacher, opened: OpenedTeacher, tokenizer: Any, shared: int
+) -> CacheDescription:
+    """Names the cache of the teacher in `section`, for a student that reads with `tokenizer` and has `shared` classes
+    with it."""
     objective = recipe.objective
     assert isinstance(objective, Distillation), "only distillation has a teacher"
-    assert isinstance(objective.teacher, CachedTeacher), "only this one is cached"
-    precision = precision_of(recipe.training.precision)
-    dtype = str(precision.compute).removeprefix("torch.")
+    dtype = str(teacher_dtype(recipe, section)).removeprefix("torch.")
     text = json.dumps([tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template])
     return CacheDescription(
         teacher=f"{model_digest(opened.directory, cache_directory())} {dtype}",
         tokenizer=hashlib.sha256(text.encode()).hexdigest(),
-        contents=_contents(recipe, objective, objective.teacher, opened, shared, dtype),
+        contents=_contents(recipe, objective, section, opened, shared, dtype),
     )
 
 
@@ -125,14 +133,17 @@ def require_examples(sources: SourceMap, description: CacheDescription, data: Se
     return directory
 
 
-def build_teacher_cache(recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> Path:
-    """Has the recipe's teacher look at all of its examples that the cache does not have yet, in as many processes as
-    training would have, and keeps what it says. Returns the cache's directory. What was there stays.
+def build_teacher_caches(recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> list[Path]:
+    """Has each teacher of the recipe that is to be cached look at all of its examples that the cache does not have yet,
+    in as many processes as training would have, and keeps what it says. Returns the caches' directories. What was there
+    stays.
 
     Raises `UserError` at the recipe's line where there is no such teacher or it does not read as the student does.
     """
     objective = recipe.objective
-    if not isinstance(objective, Distillation) or not isinstance(objective.teacher, CachedTeacher):
+    sections = objective.teachers if isinstance(objective, Distillation) else ()
+    cached = [section for section in sections if isinstance(section, CachedTeacher)]
+    if not cached:
         raise sources.error(
             "objective", "this recipe reads no teacher's cache; say `objective.teacher: {kind: cache, path: …}`."
         )
@@ -142,32 +153,47 @@ def build_teacher_cache(recipe: Recipe, sources: SourceMap, say: Callable[[str],
     check_processes(recipe, processes, sources)
     resolved, _ = resolve(recipe, machine, processes)
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
-        tokenizer_directory = prepared_tokenizer(resolved.model, cache_directory())
-        tokenizer = load_tokenizer(tokenizer_directory, resolved.data.chat_template)
+        tokenizer = prepared_tokenizer(resolved.model, cache_directory())
         vocabulary = read_config(resolved.model).get("vocab_size")
     data = prepare_data(
         resolved,
         sources,
-        tokenizer_dir=tokenizer_directory,
+        tokenizer_dir=tokenizer,
         vocab_size=None if resolved.model.new_tokens else vocabulary,
         cache_dir=cache_directory(),
         report=say,
     )
+    return [_build(resolved, sources, section, tokenizer, data, machine, processes, say) for section in cached]
+
+
+def _build(
+    recipe: Recipe,
+    sources: SourceMap,
+    section: CachedTeacher,
+    tokenizer_directory: Path,
+    data: PreparedData,
+    machine: Machine,
+    processes: int,
+    say: Callable[[str], None],
+) -> Path:
     examples = Examples(tuple(TokenCache.open(path) for path in (data.train, data.evaluation) if path is not None))
-    longest = max(int(cache.lengths.max()) for cache in examples.caches)
     with sources.placing(TEACHER):
-        opened = open_teacher(resolved, objective.teacher)
-        shared = judge_teacher(opened, objective.teacher.path, tokenizer, longest)
-    description = describe_cache(resolved, opened, tokenizer, shared)
+        opened = open_teacher(find_directory(section), teacher_dtype(recipe, section))
+        tokenizer = load_tokenizer(tokenizer_directory, recipe.data.chat_template)
+        longest = max(int(cache.lengths.max()) for cache in examples.caches)
+        shared = judge_teacher(opened, section.path, tokenizer, longest)
+    description = describe_cache(recipe, section, opened, tokenizer, shared)
     cache = description.directory(cache_directory())
+    assert isinstance(recipe.objective, Distillation), "only distillation has a teacher"
+    alone = recipe.objective.model_copy(update={"teacher": section})
     job = Job(
-        recipe=resolved,
+        recipe=recipe.model_copy(update={"objective": alone}),
         sources=sources,
         run_directory=cache,
         model_directory=opened.directory,
         adapter_directory=None,
         tokenizer_directory=tokenizer_directory,
-        teacher=TeacherPlace(opened.directory, cache, shared),
+        teachers=(TeacherPlace(opened.directory, cache, shared),),
         train=data.train,
         evaluation=data.evaluation,
     )

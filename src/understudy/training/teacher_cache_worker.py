@@ -27,15 +27,15 @@ from understudy.objectives.teachers.caching import Kept, keep
 from understudy.objectives.teachers.teacher import supervised_positions
 from understudy.parallel.world import World, process_group
 from understudy.recipe.environment import console_descriptor, launcher_process, process_environment
-from understudy.recipe.objectives import CachedTeacher, Distillation
+from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
-from understudy.strategies.precision import precision_of
+from understudy.recipe.teachers import CachedTeacher
 from understudy.strategies.teaching import hold
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.failure import StepNote, ending_on_failure
 from understudy.training.job import Job, read_job
 from understudy.training.teacher_cache import Example, examples_of
-from understudy.training.teacher_model import open_teacher
+from understudy.training.teacher_model import open_teacher, teacher_dtype
 
 __all__ = ["main"]
 
@@ -60,17 +60,18 @@ def main() -> None:
 
 
 def _build(job: Job, device: torch.device, world: World, console: Console) -> None:
-    recipe, place, objective = job.recipe, job.teacher, job.recipe.objective
-    assert place is not None, "there is a teacher"
-    assert place.cache is not None, "which has a cache"
+    recipe, (place,), objective = job.recipe, job.teachers, job.recipe.objective
+    assert place.cache is not None, "it has a cache"
+    assert place.directory is not None, "of a model"
     assert isinstance(objective, Distillation), "only distillation has a teacher"
     assert isinstance(objective.teacher, CachedTeacher), "only this one is cached"
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
-    teacher = open_teacher(recipe, objective.teacher)
+    dtype = teacher_dtype(recipe, objective.teacher)
+    teacher = open_teacher(place.directory, dtype)
     description = read_description(place.cache)
     examples = examples_of(job)
     writer = CacheWriter(place.cache, description, world.rank, world.size, examples.keys())
-    hold(teacher.model, teacher.read, device, precision_of(recipe.training.precision).compute)
+    hold(teacher.model, teacher.read, device, dtype)
     teacher.model.eval()
     began, last, tokens, left_out = time.monotonic(), time.monotonic(), 0, 0.0
     pending = list(writer.pending())

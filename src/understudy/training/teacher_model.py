@@ -6,18 +6,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from understudy.contracts import LazyTensor
 from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.build import make_language_model, open_weights
+from understudy.models.identity import model_digest
 from understudy.models.language_model import LanguageModel
+from understudy.models.quantization.materialize import materialize_quantized
 from understudy.models.source import model_directory, tokenizer_directory
 from understudy.models.tokenizer import load_tokenizer
-from understudy.recipe.objectives import CachedTeacher, ResidentTeacher, ShardedTeacher
+from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Model, Recipe
+from understudy.recipe.teachers import LocalTeacher, ResidentTeacher
 from understudy.strategies.precision import precision_of
 
-__all__ = ["TEACHER", "OpenedTeacher", "judge_teacher", "open_teacher"]
+__all__ = [
+    "TEACHER",
+    "OpenedTeacher",
+    "find_directory",
+    "judge_teacher",
+    "open_teacher",
+    "teacher_dtype",
+]
 
 TEACHER = "objective.teacher"
 """Where a recipe names one."""
@@ -31,11 +43,29 @@ class OpenedTeacher(NamedTuple):
     """Gives its weights."""
 
 
-def open_teacher(recipe: Recipe, section: ResidentTeacher | ShardedTeacher | CachedTeacher) -> OpenedTeacher:
-    """Raises `UserError` when there is no such teacher."""
-    settings = Model(path=section.path, revision=section.revision)
-    directory = model_directory(settings)
-    dtype = precision_of(recipe.training.precision).compute
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def teacher_dtype(recipe: Recipe, section: LocalTeacher) -> torch.dtype:
+    """What the teacher computes in."""
+    return _DTYPES.get(section.precision) or precision_of(recipe.training.precision).compute
+
+
+def find_directory(section: LocalTeacher, report: Callable[[str], None] = lambda line: None) -> Path:
+    """The teacher as it is loaded: found, and where the recipe asks for it quantized, once. Raises `UserError` when
+    there is no such teacher."""
+    directory = model_directory(Model(path=section.path, revision=section.revision))
+    if not isinstance(section, ResidentTeacher) or section.quantization is None:
+        return directory
+    cache = cache_directory()
+    return materialize_quantized(
+        directory, section.quantization, identity=model_digest(directory, cache), cache=cache, report=report
+    )
+
+
+def open_teacher(directory: Path, dtype: torch.dtype) -> OpenedTeacher:
+    """Raises `UserError` for what cannot be a teacher."""
+    settings = Model(path=str(directory))
     model = make_language_model(directory, settings, find_device(), quantized_dtype=dtype)
     return OpenedTeacher(directory, model, open_weights(directory, model))
 

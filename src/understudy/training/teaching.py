@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 
 from understudy.contracts import Strategy
 from understudy.data.cache import TokenCache
+from understudy.devices.detect import detect_machine
+from understudy.errors import UserError
 from understudy.models.adapters.switching import without_adapter
 from understudy.models.head import LossHead
 from understudy.models.language_model import LanguageModel
@@ -17,44 +20,77 @@ from understudy.objectives.teachers.base_teacher import BaseTeacher
 from understudy.objectives.teachers.cache_reader import TeacherCache
 from understudy.objectives.teachers.cached_teacher import CachedTeacher
 from understudy.objectives.teachers.model_teacher import ModelTeacher
+from understudy.objectives.teachers.several_teachers import SeveralTeachers
 from understudy.objectives.teachers.teacher import Teacher, Teaching
 from understudy.parallel.world import World
-from understudy.recipe import objectives as recipe_section
+from understudy.recipe import teachers as sections
+from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.strategies.precision import precision_of
 from understudy.strategies.teaching import hold, hold_sharded
 from understudy.training.job import TeacherPlace
 from understudy.training.teacher_cache import describe_cache, require_examples
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, judge_teacher, open_teacher
+from understudy.training.teacher_model import (
+    TEACHER,
+    OpenedTeacher,
+    find_directory,
+    judge_teacher,
+    open_teacher,
+    teacher_dtype,
+)
 
-__all__ = ["find_teacher", "make_teaching"]
+__all__ = ["find_teachers", "make_teaching"]
 
 
-def find_teacher(
-    recipe: Recipe, sources: SourceMap, student: LanguageModel, student_tokenizer: Any, data: Sequence[TokenCache]
-) -> TeacherPlace | None:
-    """Where the recipe's teacher is; None for an objective without one. Raises `UserError` at the recipe's line when
-    there is no such teacher, when it does not read as the student does, when its positions are fewer than an example of
-    `data` has, and when its cache does not have all of `data`."""
+def find_teachers(
+    recipe: Recipe,
+    sources: SourceMap,
+    student: LanguageModel,
+    student_tokenizer: Any,
+    data: Sequence[TokenCache],
+    report: Callable[[str], None],
+) -> tuple[TeacherPlace, ...]:
+    """Where each of the recipe's teachers is; none for an objective without. Raises `UserError` at the recipe's line
+    when there is no such teacher, when it does not read as the student does, when its positions are fewer than an
+    example of `data` has, and when its cache does not have all of `data`."""
     objective = recipe.objective
-    if not isinstance(objective, recipe_section.Distillation):
-        return None
-    section = objective.teacher
-    if isinstance(section, recipe_section.BaseTeacher):
-        return TeacherPlace(None, None, student.config.get_text_config().vocab_size)
-    with sources.placing(TEACHER):
-        opened = open_teacher(recipe, section)
-        shared = judge_teacher(opened, section.path, student_tokenizer, max(int(cache.lengths.max()) for cache in data))
-    if not isinstance(section, recipe_section.CachedTeacher):
-        return TeacherPlace(opened.directory, None, shared)
-    description = describe_cache(recipe, opened, student_tokenizer, shared)
-    return TeacherPlace(opened.directory, require_examples(sources, description, data), shared)
+    if not isinstance(objective, Distillation):
+        return ()
+    longest = max(int(cache.lengths.max()) for cache in data)
+    places = []
+    for section in objective.teachers:
+        if isinstance(section, sections.BaseTeacher):
+            places.append(TeacherPlace(None, None, student.config.get_text_config().vocab_size))
+            continue
+        assert isinstance(section, sections.LocalTeacher), "servers come later"
+        with sources.placing(TEACHER):
+            _require_device(section, recipe)
+            opened = open_teacher(find_directory(section, report), teacher_dtype(recipe, section))
+            shared = judge_teacher(opened, section.path, student_tokenizer, longest)
+        cache = None
+        if isinstance(section, sections.CachedTeacher):
+            description = describe_cache(recipe, section, opened, student_tokenizer, shared)
+            cache = require_examples(sources, description, data)
+        places.append(TeacherPlace(opened.directory, cache, shared))
+    return tuple(places)
+
+
+def _require_device(section: sections.OneTeacher, recipe: Recipe) -> None:
+    if not isinstance(section, sections.ResidentTeacher) or section.device != "other":
+        return
+    machine, processes = detect_machine(), recipe.cluster.processes
+    assert processes != "auto", "the recipe must be resolved first"
+    if machine.devices < 2 * processes:
+        raise UserError(
+            f"`device: other` needs two devices a process, and this host has {machine.devices} for {processes}; start "
+            "fewer processes, or say `device: host`.",
+            key=TEACHER,
+        )
 
 
 def make_teaching(
     recipe: Recipe,
-    place: TeacherPlace | None,
+    places: Sequence[TeacherPlace],
     student: LanguageModel,
     strategy: Strategy,
     device: torch.device,
@@ -63,29 +99,58 @@ def make_teaching(
     """Who teaches in this process; None for an objective without a teacher. `student` is the module that `strategy`
     trains. A collective."""
     objective = recipe.objective
-    if not isinstance(objective, recipe_section.Distillation):
+    if not isinstance(objective, Distillation):
         return None
-    assert place is not None, "the parent found it"
-    section, dtype = objective.teacher, precision_of(recipe.training.precision).compute
-    if isinstance(section, recipe_section.BaseTeacher):
-        base = BaseTeacher(strategy.hidden, partial(without_adapter, student), student.head)
-        return Teaching(base, place.shared_classes)
-    opened = open_teacher(recipe, section)
-    teacher: Teacher
-    if isinstance(section, recipe_section.CachedTeacher):
+    made = [
+        Teaching(_teacher(recipe, section, place, student, strategy, device, world), place.shared_classes)
+        for section, place in zip(objective.teachers, places, strict=True)
+    ]
+    if not isinstance(objective.teacher, sections.SeveralTeachers):
+        return made[0]
+    return Teaching(SeveralTeachers(tuple(zip(objective.teacher.shares, made))), None)
+
+
+def _teacher(
+    recipe: Recipe,
+    section: sections.OneTeacher,
+    place: TeacherPlace,
+    student: LanguageModel,
+    strategy: Strategy,
+    device: torch.device,
+    world: World,
+) -> Teacher:
+    if isinstance(section, sections.BaseTeacher):
+        return BaseTeacher(strategy.hidden, partial(without_adapter, student), student.head)
+    assert isinstance(section, sections.LocalTeacher), "servers come later"
+    assert place.directory is not None, "the parent found it"
+    dtype = teacher_dtype(recipe, section)
+    opened = open_teacher(place.directory, dtype)
+    if isinstance(section, sections.CachedTeacher):
         assert place.cache is not None, "the parent found it"
-        teacher = CachedTeacher(TeacherCache.open(place.cache), _head(section, opened, device, dtype))
-    else:
-        if isinstance(section, recipe_section.ShardedTeacher):
-            hold_sharded(opened.model, opened.read, device, dtype, world)
-        else:
-            hold(opened.model, opened.read, device, dtype)
-        teacher = ModelTeacher(opened.model, opened.model.head)
-    return Teaching(teacher, place.shared_classes)
+        return CachedTeacher(TeacherCache.open(place.cache), _head(section, opened, device, dtype))
+    if isinstance(section, sections.ShardedTeacher):
+        hold_sharded(opened.model, opened.read, device, dtype, world)
+        return ModelTeacher(opened.model, opened.model.head, device)
+    assert isinstance(section, sections.ResidentTeacher), "what is left"
+    placed = _placed(section, device, world)
+    hold(opened.model, opened.read, placed, dtype)
+    head = opened.model.head
+    # Hidden states go from device to device, not logits, so the head is where they are wanted.
+    return ModelTeacher(opened.model, head if placed == device else deepcopy(head).to(device), placed)
+
+
+def _placed(section: sections.ResidentTeacher, device: torch.device, world: World) -> torch.device:
+    """Where the teacher of the process on `device` is. Those for teachers come behind those for processes."""
+    if section.device == "host":
+        return torch.device("cpu")
+    if section.device == "own":
+        return device
+    assert device.index is not None, "found before that there is another"
+    return torch.device(device.type, device.index + world.local_size)
 
 
 def _head(
-    section: recipe_section.CachedTeacher, opened: OpenedTeacher, device: torch.device, dtype: torch.dtype
+    section: sections.CachedTeacher, opened: OpenedTeacher, device: torch.device, dtype: torch.dtype
 ) -> LossHead | None:
     """Of the teacher, alone, where its last hidden states are kept."""
     if section.targets != "hidden":

@@ -131,7 +131,7 @@ def _train_and_save(
     cache = TokenCache.open(job.train)
     companions = make_companions(job.model_directory, recipe.model, tokenizer, cache, job.adapter_directory)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
-    teaching = make_teaching(recipe, job.teacher, model, strategy, torch_device, world)
+    teaching = make_teaching(recipe, job.teachers, model, strategy, torch_device, world)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
         evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching)

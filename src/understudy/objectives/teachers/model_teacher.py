@@ -17,14 +17,17 @@ __all__ = ["ModelTeacher"]
 
 
 class ModelTeacher:
-    """Runs `module`, a `LanguageModel` with all its weights frozen, in eval mode. Its last hidden states are kept, not
-    its logits: `head`, whose weight is whole in this process, makes these a chunk at a time."""
+    """Runs `module`, a `LanguageModel` on `device` with all its weights frozen, in eval mode. Its last hidden states
+    are kept, not its logits: `head`, on the student's device and with its weight whole in this process, makes these a
+    chunk at a time."""
 
-    def __init__(self, module: nn.Module, head: LossHead) -> None:
+    def __init__(self, module: nn.Module, head: LossHead, device: torch.device) -> None:
         self._module: Callable[..., Any] = module.eval()
         self._head = head
+        self._device = device
 
     def targets(self, batch: Batch) -> DenseTargets:
         with torch.no_grad():
-            hidden: Tensor = self._module(batch, hidden_at=supervised_positions(batch))
-        return DenseTargets.through(hidden, self._head)
+            moved = batch.to(self._device)
+            hidden: Tensor = self._module(moved, hidden_at=supervised_positions(moved))
+        return DenseTargets.through(hidden.to(batch.tokens.device), self._head)

@@ -23,8 +23,8 @@ class Teaching(NamedTuple):
     """A teacher, and what of its vocabulary is the student's too."""
 
     teacher: Teacher
-    shared_classes: int
-    """The first so many classes mean the same to both."""
+    shared_classes: int | None
+    """The first so many classes mean the same to both; None where its targets say so themselves."""
 
 
 def supervised_positions(batch: Batch) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from understudy.recipe.adapters import Freeze, LlamaAdapter, LoRA, PromptTuning
 from understudy.recipe.kinds import unread_fields
-from understudy.recipe.objectives import BaseTeacher, CachedTeacher, Distillation
+from understudy.recipe.objectives import Distillation, Objective
 from understudy.recipe.rules.rule import Violations, rule
 from understudy.recipe.schema import Recipe
+from understudy.recipe.teachers import BaseTeacher, CachedTeacher, OneTeacher, ServerTeacher, SeveralTeachers
 
 
 @rule
@@ -18,45 +21,115 @@ def every_divergence_field_is_read(recipe: Recipe) -> Violations:
                 yield f"objective.{name}", f"`objective.{name}` means nothing to {objective.divergence}; remove it."
 
 
+def _divergence(recipe: Recipe) -> str:
+    return recipe.objective.divergence if isinstance(recipe.objective, Distillation) else ""
+
+
+def _named_teachers(objective: Objective) -> Iterator[tuple[str, OneTeacher]]:
+    """Each teacher, and the key where it stands."""
+    if isinstance(objective, Distillation):
+        several = isinstance(objective.teacher, SeveralTeachers)
+        for i, teacher in enumerate(objective.teachers):
+            yield f"objective.teacher.teachers.{i}" if several else "objective.teacher", teacher
+
+
+@rule
+def each_of_several_teachers_has_a_weight(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if isinstance(objective, Distillation) and isinstance(objective.teacher, SeveralTeachers):
+        teachers, weights = objective.teacher.teachers, objective.teacher.weights
+        if weights is not None and len(weights) != len(teachers):
+            yield (
+                "objective.teacher.weights",
+                f"`objective.teacher.weights` has {len(weights)} numbers for {len(teachers)} teachers; give one each.",
+            )
+
+
 @rule
 def a_base_teaches_without_its_adapter(recipe: Recipe) -> Violations:
-    objective, adapter = recipe.objective, recipe.adapter
-    if not isinstance(objective, Distillation) or not isinstance(objective.teacher, BaseTeacher):
-        return
-    if adapter is None or isinstance(adapter, Freeze | LlamaAdapter | PromptTuning):
-        yield (
-            "objective.teacher",
-            "the student's base teaches with the adapter switched off, and this recipe has none that can be; add "
-            "`adapter: lora`, or name a teacher: `{kind: resident, path: …}`.",
-        )
-    elif isinstance(adapter, LoRA) and adapter.train:
-        yield (
-            "adapter.train",
-            "embeddings or head that are trained are not those of the base, which is to teach; remove `adapter.train`, "
-            "or name a teacher: `{kind: resident, path: …}`.",
-        )
+    adapter = recipe.adapter
+    for key, teacher in _named_teachers(recipe.objective):
+        if not isinstance(teacher, BaseTeacher):
+            continue
+        if adapter is None or isinstance(adapter, Freeze | LlamaAdapter | PromptTuning):
+            yield (
+                key,
+                "the student's base teaches with the adapter switched off, and this recipe has none that can be; add "
+                "`adapter: lora`, or name a teacher: `{kind: resident, path: …}`.",
+            )
+        elif isinstance(adapter, LoRA) and adapter.train:
+            yield (
+                "adapter.train",
+                "embeddings or head that are trained are not those of the base, which is to teach; remove "
+                "`adapter.train`, or name a teacher: `{kind: resident, path: …}`.",
+            )
 
 
 @rule
 def draws_estimate_forward_kl_alone(recipe: Recipe) -> Violations:
-    objective = recipe.objective
-    if (
-        isinstance(objective, Distillation)
-        and isinstance(objective.teacher, CachedTeacher)
-        and objective.teacher.targets == "samples"
-        and objective.divergence != "forward_kl"
-    ):
-        yield (
-            "objective.divergence",
-            f"tokens drawn from the teacher say nothing exact of {objective.divergence}; take forward_kl, or "
-            "`targets: top_k`.",
-        )
+    for key, teacher in _named_teachers(recipe.objective):
+        if isinstance(teacher, CachedTeacher) and teacher.targets == "samples" and _divergence(recipe) != "forward_kl":
+            yield (
+                "objective.divergence" if key == "objective.teacher" else f"{key}.targets",
+                f"tokens drawn from the teacher say nothing exact of {_divergence(recipe)}; take forward_kl, or "
+                "`targets: top_k`.",
+            )
 
 
 @rule
 def hidden_states_have_no_k(recipe: Recipe) -> Violations:
+    for key, teacher in _named_teachers(recipe.objective):
+        if isinstance(teacher, CachedTeacher) and teacher.targets == "hidden" and teacher.k is not None:
+            yield f"{key}.k", f"`{key}.k` means nothing to hidden states; remove it."
+
+
+@rule
+def a_server_speaks_at_temperature_one(recipe: Recipe) -> Violations:
     objective = recipe.objective
-    if isinstance(objective, Distillation) and isinstance(objective.teacher, CachedTeacher):
-        teacher = objective.teacher
-        if teacher.targets == "hidden" and teacher.k is not None:
-            yield "objective.teacher.k", "`objective.teacher.k` means nothing to hidden states; remove it."
+    for key, teacher in _named_teachers(objective):
+        if isinstance(objective, Distillation) and isinstance(teacher, ServerTeacher) and objective.temperature != 1.0:
+            yield (
+                "objective.temperature",
+                "a server gives the likeliest tokens' probabilities at temperature 1, which cannot be turned into "
+                f"others; set `objective.temperature: 1.0`, or let another kind of teacher take the place of `{key}`.",
+            )
+
+
+@rule
+def what_a_student_says_itself_is_in_no_cache(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if isinstance(objective, Distillation) and objective.on_policy_fraction:
+        for key, teacher in _named_teachers(objective):
+            if isinstance(teacher, CachedTeacher):
+                yield (
+                    key,
+                    "a cache has what the teacher says of the data, not of the student's own answers; set "
+                    "`on_policy_fraction: 0`, or name a teacher that can be asked: `kind: resident`.",
+                )
+
+
+@rule
+def on_policy_settings_are_read(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if not isinstance(objective, Distillation):
+        return
+    if not objective.on_policy_fraction and "on_policy" in objective.model_fields_set:
+        yield (
+            "objective.on_policy",
+            "no step trains on the student's own answers; set `objective.on_policy_fraction`, or remove `on_policy`.",
+        )
+    if objective.on_policy.model is not None and objective.on_policy.endpoint is None:
+        yield "objective.on_policy.model", "`model` names what an endpoint serves; set `endpoint`, or remove it."
+
+
+@rule
+def hidden_states_are_those_of_one_model_here(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if not isinstance(objective, Distillation) or objective.hidden_states is None:
+        return
+    if isinstance(objective.teacher, CachedTeacher | ServerTeacher | SeveralTeachers):
+        yield (
+            "objective.hidden_states",
+            f"a teacher of the kind {objective.teacher.kind} gives no hidden states of layers; name one that runs "
+            "here: `kind: resident`, or remove `hidden_states`.",
+        )
