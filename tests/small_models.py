@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import IGNORED
+from understudy.contracts import IGNORED, Batch
 from understudy.devices.cpu import CPU
 from understudy.models.build import make_language_model, open_weights
+from understudy.models.decoding import Decoding
 from understudy.models.language_model import LanguageModel
 from understudy.recipe.schema import Model
 
@@ -105,3 +106,19 @@ def documents() -> list[tuple[Tensor, Tensor]]:
         labels[: length // 3] = IGNORED
         result.append((tokens, labels))
     return result
+
+
+def assert_decodes_as_it_reads(model: LanguageModel) -> None:
+    """Fed one token after another, `model` says of each next one what it says of it in whole texts."""
+    lengths, new = (9, 1, 4), 5
+    model.eval()
+    generator = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, len(model.head.weight), (length + new,), generator=generator) for length in lengths]
+    decoding = Decoding([text[:-new] for text in texts])
+    with torch.no_grad():
+        whole = Batch.of([(text, torch.full_like(text, IGNORED)) for text in texts])
+        read = model(whole, logits_at=torch.arange(len(whole.tokens))).split([len(text) for text in texts])
+        for step in range(new):
+            expected = torch.stack([rows[length - 1 + step] for rows, length in zip(read, lengths)])
+            torch.testing.assert_close(model(None, texts=decoding), expected, rtol=1e-4, atol=1e-4)
+            decoding.feed(torch.stack([text[length + step] for text, length in zip(texts, lengths)]))

@@ -228,3 +228,7 @@ class Strategy(Protocol):
         """[len(at), V] fp32 logits at token indices `at` of `batch`, without gradient, module in eval mode. Every rank
         passes its own batch and gets its own logits."""
         ...
+
+    def decode(self, texts: Any) -> Tensor:
+        """As `logits`: those of the next token of each of `texts`, a `models.decoding.Decoding` of B, [B, V]."""
+        ...

@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.small_models import assert_decodes_as_it_reads
 from understudy.contracts import Batch
 from understudy.errors import UserError
 from understudy.models.adapters.directory import CONFIG, WEIGHTS, read_base
 from understudy.models.identity import model_digest
+from understudy.models.language_model import LanguageModel
 from understudy.models.names import canonical_name
 from understudy.models.prompted import Prompted
 from understudy.recipe.schema import Recipe
@@ -70,17 +72,21 @@ def first_values(base: Path, adapter: dict[str, Any], **training: Any) -> Path:
     return directory
 
 
-def logits(base: Path, adapter: dict[str, Any], directory: Path | None) -> torch.Tensor:
-    """Ours, of `DOCUMENTS` packed."""
+def loaded(base: Path, adapter: dict[str, Any], directory: Path | None) -> LanguageModel:
     adapted = adapted_model(recipe(base, adapter), base, directory)
     for module in adapted.model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             path = next(n for n, p in adapted.model.named_parameters() if p is parameter)
             values = adapted.read(canonical_name(path))[:].float().clone()
             setattr(module, name, torch.nn.Parameter(values, requires_grad=False))
+    return adapted.model.eval()
+
+
+def logits(base: Path, adapter: dict[str, Any], directory: Path | None) -> torch.Tensor:
+    """Ours, of `DOCUMENTS` packed."""
     batch = Batch.of([(tokens, torch.full_like(tokens, -100)) for tokens in DOCUMENTS])
     with torch.no_grad():
-        result: torch.Tensor = adapted.model.eval()(batch, logits_at=torch.arange(len(batch.tokens)))
+        result: torch.Tensor = loaded(base, adapter, directory)(batch, logits_at=torch.arange(len(batch.tokens)))
     return result
 
 
@@ -127,6 +133,7 @@ def test_any_values_mean_the_same_here_and_in_peft(base: Path, kind: str, tmp_pa
     ours = logits(base, {"kind": kind}, directory)
     assert (ours - plain_logits(base, None)).abs().max() > 1e-3
     torch.testing.assert_close(ours, plain_logits(base, directory), rtol=0, atol=2e-5)
+    assert_decodes_as_it_reads(loaded(base, {"kind": kind}, directory))
 
 
 def test_first_values_depend_on_the_seed_alone(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from understudy.contracts import Batch, GlobalBatch, LazyTensor, LossSum, Objective, TensorSpec
 from understudy.errors import DivergedError
+from understudy.models.decoding import Decoding
 from understudy.objectives.causal_lm import CausalLMObjective
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
-from understudy.training.generation import greedy_answers
+from understudy.training.generation import Chance, draw_tokens, generate
 from understudy.training.hooks import Hook, HookList, StepResult, TrainingState, interval_steps
 from understudy.training.loop import train
 
@@ -35,11 +36,12 @@ class FakeStrategy:
         self.calls.append(("optimizer_step", lr, max_norm))
         return torch.tensor(next(self.norms, 1.0))
 
-    def logits(self, batch: Batch, at: Tensor) -> Tensor:
-        """The likeliest next token is the last token plus one, modulo 10."""
-        self.calls.append(("logits", len(batch.tokens)))
-        self.longest_batch = max(self.longest_batch, len(batch.tokens))
-        return nn.functional.one_hot((batch.tokens[at] + 1) % 10, 10).float()
+    def decode(self, texts: Decoding) -> Tensor:
+        """The likeliest next token is the last token plus one, modulo 10, with a probability of 0.6; the one behind it
+        has most of the rest."""
+        self.longest_batch = max(self.longest_batch, texts.seen.numel())
+        probabilities = torch.tensor([0.6, 0.35, *[0.05 / 8] * 8])
+        return torch.stack([probabilities.roll(int(last) + 1) for last in texts.tokens[:, -1]]).log()
 
     def build(
         self,
@@ -143,8 +145,14 @@ def test_the_search_for_a_loss_scale_is_within_what_fp16_allows() -> None:
     assert allowed_non_finite_steps("bf16") < 10
 
 
-def answers(strategy: FakeStrategy, prompts: list[list[int]], room: list[int], capacity: int = 100) -> list[list[int]]:
-    return greedy_answers(
+def answers(
+    strategy: FakeStrategy,
+    prompts: list[list[int]],
+    room: list[int],
+    capacity: int = 100,
+    chance: Chance | None = None,
+) -> list[list[int]]:
+    return generate(
         strategy,
         [torch.tensor(prompt) for prompt in prompts],
         room,
@@ -152,17 +160,48 @@ def answers(strategy: FakeStrategy, prompts: list[list[int]], room: list[int], c
         micro_batch_tokens=capacity,
         rank=0,
         world_size=1,
+        chance=chance,
     )
 
 
-def test_greedy_answers_end_at_a_stop_token_or_when_there_is_no_room() -> None:
+def test_answers_end_at_a_stop_token_or_when_there_is_no_room() -> None:
     assert answers(FakeStrategy(), [[1, 2], [7], [0]], [10, 2, 0]) == [[3, 4, 5], [8, 9], []]
 
 
-def test_greedy_answers_never_hold_more_than_a_micro_batch_of_tokens() -> None:
+def test_answers_never_hold_more_than_a_micro_batch_of_tokens() -> None:
     strategy = FakeStrategy()
-    assert answers(strategy, [[0] * 4, [1] * 4, [2] * 4], [3, 3, 3], capacity=9) == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    assert strategy.longest_batch <= 9
+    assert answers(strategy, [[0] * 4, [1] * 4, [2] * 4], [3, 3, 3], capacity=14) == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
+    assert 7 < strategy.longest_batch <= 14
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_on_nothing_beside_it() -> None:
+    prompts, room = [[0], [1, 2], [7], [6]], [30, 4, 20, 7]
+
+    def chance(seed: int, members: Sequence[int] = range(4), top_p: float = 1.0) -> Chance:
+        return Chance(1.0, top_p, [(seed, i) for i in members])
+
+    together = answers(FakeStrategy(), prompts, room, chance=chance(3))
+    for i in range(4):
+        alone = answers(FakeStrategy(), prompts[i : i + 1], room[i : i + 1], chance=chance(3, [i]))
+        assert alone == [together[i]]
+    assert answers(FakeStrategy(), prompts, room, 8, chance(3)) == together
+    assert answers(FakeStrategy(), prompts, room, chance=chance(4)) != together
+    likeliest = answers(FakeStrategy(), prompts, room)
+    assert answers(FakeStrategy(), prompts, room, chance=chance(3, top_p=0.5)) == likeliest
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0, 1.5]])
+    draws = (torch.arange(10_000).double() + 0.5) / 10_000
+    for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (0.5, 0.8)):
+        expected = torch.softmax(logits[0].double() / temperature, dim=0)
+        order = expected.argsort(descending=True)
+        kept = order[: int((expected[order].cumsum(0) < top_p).sum()) + 1]
+        mass = torch.zeros(5, dtype=torch.float64).scatter(0, kept, expected[kept])
+        drawn = draw_tokens(logits.expand(len(draws), -1), temperature, top_p, draws)
+        torch.testing.assert_close(
+            drawn.bincount(minlength=5).double() / len(draws), mass / mass.sum(), rtol=0, atol=2e-4
+        )
 
 
 def test_an_evaluation_interval_is_steps_or_a_share_of_the_run() -> None:

@@ -17,6 +17,7 @@ from understudy.contracts import IGNORED, Batch, LossSum, TokenLoss
 from understudy.devices.attention import Documents
 from understudy.errors import UserError
 from understudy.models.attention import isolating_documents
+from understudy.models.decoding import Decoding
 from understudy.models.head import LossHead
 from understudy.models.prompted import Prompted
 
@@ -43,13 +44,18 @@ class LanguageModel(nn.Module):
 
     def forward(
         self,
-        batch: Batch,
+        batch: Batch | None,
         token_loss: TokenLoss | None = None,
         logits_at: Tensor | None = None,
         hidden_at: Tensor | None = None,
+        texts: Decoding | None = None,
     ) -> LossSum | Tensor:
         """With `token_loss`: its sum over the supervised positions of `batch`. With `logits_at` [n] int64 instead: fp32
-        logits [n, V] at those tokens. With `hidden_at` [n] int64: final hidden states [n, H], what the head takes."""
+        logits [n, V] at those tokens. With `hidden_at` [n] int64: final hidden states [n, H], what the head takes. With
+        `texts`, without a batch: fp32 logits [B, V] of the next token of each."""
+        if texts is not None:
+            return self.head.logits(texts.hidden(self.network, self.prompt_embeddings))
+        assert batch is not None, "texts take its place"
         hidden = self._hidden(batch)
         if hidden_at is not None:
             return hidden.index_select(0, hidden_at)

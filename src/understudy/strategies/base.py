@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from understudy.contracts import Batch, HeldBytes, LossSum, Objective
+from understudy.models.decoding import Decoding
 from understudy.parallel.world import World
 from understudy.strategies.held import held_bytes
 from understudy.strategies.precision import Precision
@@ -85,6 +86,12 @@ class ModuleStrategy(ABC):
         with self._inferring():
             hidden: Tensor = self.module(batch.to(self.device), hidden_at=at.to(self.device))
         return hidden
+
+    def decode(self, texts: Decoding) -> Tensor:
+        texts.place(self.device)
+        with self._inferring():
+            logits: Tensor = self.module(None, texts=texts)
+        return logits
 
 
 def _detached(part: LossSum) -> LossSum:

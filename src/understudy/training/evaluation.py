@@ -14,7 +14,7 @@ from understudy.data.batching import evaluation_batches, prompt_and_answer
 from understudy.data.cache import TokenCache
 from understudy.parallel.world import World
 from understudy.training.companions import special_ids
-from understudy.training.generation import greedy_answers
+from understudy.training.generation import generate
 from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.metrics import evaluation_metrics
 from understudy.training.sinks.registry import Answer, Row, Sink
@@ -60,7 +60,7 @@ class Evaluator:
         without special tokens and stripped."""
         count = min(self.samples, len(self.cache.lengths))
         pairs = [prompt_and_answer(self.cache, i) for i in range(count)]
-        said = greedy_answers(
+        said = generate(
             self.strategy,
             [prompt for prompt, _ in pairs],
             [self._room(prompt, answer) for prompt, answer in pairs],
