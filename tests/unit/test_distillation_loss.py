@@ -379,7 +379,7 @@ def test_a_tail_bucket_points_nearer_the_full_gradient_than_truncation_or_renorm
         assert angles["tail bucket"] < min(angles["renormalised"], angles["truncated"])
 
 
-class _PeakBytes(TorchDispatchMode):
+class PeakBytes(TorchDispatchMode):
     """The most memory that tensors made inside have at once."""
 
     def __init__(self) -> None:
@@ -415,6 +415,6 @@ def test_beside_the_logits_memory_is_a_few_blocks_whatever_the_chunk(kind: str, 
         cross_entropy_weight=0.3,
         block_bytes=block_bytes,
     )
-    with _PeakBytes() as seen:
+    with PeakBytes() as seen:
         loss(student, slice(0, rows))
     assert seen.peak <= 7.1 * block_bytes

@@ -2,7 +2,8 @@
 
 Shape letters: n rows, V the student's classes, C those compared, k kept classes, m draws. z: the student's logits,
 p teacher, q student, τ temperature. Each function gives the divergences [n] in nats, their gradient [n, C] with respect
-to z / τ of the first C classes, and the teacher's likeliest class [n]. Changes nothing it is given.
+to z / τ of the first C classes, and the teacher's likeliest class [n], −1 where the student has no such class. Changes
+nothing it is given.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import torch
 from torch import Tensor
 
 from understudy.objectives.divergences.registry import Divergence
-from understudy.objectives.targets import SampledTargets, SeveralParts, TargetsPart, TeacherLogits, TopKTargets
+from understudy.objectives.divergences.uld import universal_distance
+from understudy.objectives.targets import (
+    AlignedPart,
+    SampledTargets,
+    SeveralParts,
+    TargetsPart,
+    TeacherLogits,
+    TopKTargets,
+)
 
 __all__ = ["Comparison", "compare"]
 
@@ -31,6 +40,8 @@ def compare(
     either has; both distributions are renormalised over them."""
     if isinstance(targets, SeveralParts):
         return _with_several(logits, targets, divergence, temperature)
+    if isinstance(targets, AlignedPart):
+        return _with_aligned(logits, targets, temperature)
     classes = logits.shape[1] if shared is None else min(shared, logits.shape[1])
     if isinstance(targets, TeacherLogits):
         classes = min(classes, targets.logits.shape[1])
@@ -59,6 +70,22 @@ def _with_all(student: Tensor, teacher: Tensor, divergence: Divergence, temperat
     student_log = torch.log_softmax(_divided(student, temperature), dim=1)
     value, derivative = divergence(teacher_log, student_log)
     return Comparison(value, _through_softmax(derivative, student_log.exp_()), teacher.argmax(dim=1))
+
+
+def _with_aligned(student: Tensor, targets: AlignedPart, temperature: float) -> Comparison:
+    """Universal distance of the rows that have a counterpart; nothing of the others."""
+    vocabulary, rows = targets.vocabulary, targets.rows().to(student.device)
+    said = student[:, : vocabulary.student_classes]
+    student_log = torch.log_softmax(_divided(said.index_select(0, rows), temperature), dim=1)
+    told = targets.logits()[:, : vocabulary.teacher_classes].to(student.dtype)
+    choice = vocabulary.student_of_teacher.index_select(0, told.argmax(dim=1))
+    told = torch.log_softmax(_divided(told, temperature), dim=1)
+    value, derivative = universal_distance(told, student_log, vocabulary)
+    return Comparison(
+        student.new_zeros(len(student)).index_copy_(0, rows, value),
+        torch.zeros_like(said).index_copy_(0, rows, _through_softmax(derivative, student_log.exp_())),
+        choice.new_full((len(student),), -1).index_copy_(0, rows, choice),
+    )
 
 
 def _with_largest(student: Tensor, targets: TopKTargets, divergence: Divergence, temperature: float) -> Comparison:

@@ -11,7 +11,7 @@ from understudy.contracts import TokenLossResult
 from understudy.objectives.comparison import compare
 from understudy.objectives.divergences.registry import make_divergence
 from understudy.objectives.divergences.settings import DivergenceSettings
-from understudy.objectives.targets import SampledTargets, Targets, TargetsPart
+from understudy.objectives.targets import AlignedTargets, SampledTargets, Targets, TargetsPart
 
 __all__ = ["BLOCK_BYTES", "DistillationLoss"]
 
@@ -26,14 +26,15 @@ class DistillationLoss:
     `temperature` is τ and `cross_entropy_weight` w. `shared_classes` is the size of the tokenizer that both models
     share: D compares no class beyond it, nor any that only one model has, and gives those no gradient. Raises
     `UserError` for settings that the divergence cannot take, and `ValueError` where draws are to be compared by
-    anything but forward KL, for which alone they are unbiased.
+    anything but forward KL, for which alone they are unbiased, or another vocabulary's logits by anything but `uld`.
 
     Metrics, summed over rows: `divergence` (D without τ²; over draws it has the teacher's entropy in it),
     `cross_entropy` (at τ = 1, whatever w), `correct` and `agreement` (the student's likeliest class is the label, the
     teacher's likeliest class).
 
     Memory: the logits, whose place the gradient takes; dense targets' logits of the same chunk; and, as rows are worked
-    on a block at a time, four or five tensors of `block_bytes`, two for top-k targets, seven for adaptive KL.
+    on a block at a time, four or five tensors of `block_bytes`, two for top-k targets, seven for adaptive KL, nine for
+    uld; over another vocabulary a teacher's block is as much larger as that is, and only a block's logits exist.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class DistillationLoss:
             raise ValueError(
                 f"draws from a teacher estimate forward_kl only, not {kind}: keep its top-k classes instead"
             )
+        if isinstance(targets, AlignedTargets) and kind != "uld":
+            raise ValueError(f"over two vocabularies there is no {kind}, only uld")
         assert len(labels) == len(targets), "one label and one target a supervised position"
         self.divergence = make_divergence(kind, settings or DivergenceSettings())
         self.labels = labels

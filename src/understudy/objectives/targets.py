@@ -1,6 +1,7 @@
 """What a teacher says about the supervised positions of one micro-batch: all its logits, the largest few, or draws.
 
-Shape letters: N supervised positions, n of them, Vt the teacher's classes, Ht its hidden width, k kept, m drawn.
+Shape letters: N supervised positions, n of them, A of them that a teacher with another tokenizer reads alike, Vt the
+teacher's classes, Ht its hidden width, k kept, m drawn.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from torch import Tensor
 
 from understudy.models.head import LossHead
 from understudy.models.logits import Identity, LogitTransform
+from understudy.objectives.divergences.uld import SharedVocabulary
 
 __all__ = [
+    "AlignedPart",
+    "AlignedTargets",
     "DenseTargets",
     "SampledTargets",
     "SeveralParts",
@@ -99,6 +103,56 @@ class DenseTargets:
 
 
 @dataclass(frozen=True)
+class AlignedTargets:
+    """Logits over another vocabulary, of those positions that its tokenizer reads alike; nothing of the others."""
+
+    rows: Tensor
+    """[A] int64, ascending, on the CPU: which of the supervised positions those are."""
+    told: DenseTargets
+    """About them, A in number."""
+    vocabulary: SharedVocabulary
+    count: int
+    """N."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def part(self, rows: slice) -> AlignedPart:
+        return AlignedPart(self.rows, self.told, self.vocabulary, slice(0, self.count)).part(rows)
+
+
+@dataclass(frozen=True)
+class AlignedPart:
+    """Some of those positions. Logits are made when they are asked for: a larger vocabulary's take more memory than the
+    chunk that was asked about."""
+
+    aligned: Tensor
+    """As `AlignedTargets.rows`."""
+    told: DenseTargets
+    vocabulary: SharedVocabulary
+    positions: slice
+    """Of the supervised positions, these."""
+
+    def part(self, rows: slice) -> AlignedPart:
+        first = self.positions.start
+        return AlignedPart(self.aligned, self.told, self.vocabulary, slice(first + rows.start, first + rows.stop))
+
+    def rows(self) -> Tensor:
+        """[a] int64, on the CPU: which of these positions are read alike, from 0."""
+        rows: Tensor = self.aligned[self._found()] - self.positions.start
+        return rows
+
+    def logits(self) -> Tensor:
+        """[a, Vt] fp32, not divided by a temperature."""
+        return self.told.logits(self._found())
+
+    def _found(self) -> slice:
+        ends = torch.tensor([self.positions.start, self.positions.stop])
+        start, stop = torch.searchsorted(self.aligned, ends).tolist()
+        return slice(start, stop)
+
+
+@dataclass(frozen=True)
 class TopKTargets:
     """The likeliest classes' log-probabilities, and all others' as one. The temperature is in them already.
 
@@ -167,5 +221,5 @@ class SeveralParts:
         return SeveralParts(tuple((share, shared, told.part(rows)) for share, shared, told in self.members))
 
 
-TargetsPart = TeacherLogits | TopKTargets | SampledTargets | SeveralParts
+TargetsPart = TeacherLogits | AlignedPart | TopKTargets | SampledTargets | SeveralParts
 """What the loss can compare with a student; each kind needs a comparison of its own."""

@@ -1,7 +1,6 @@
 """Divergences by kind: `divergences/<kind>.py` has a `divergence`, and a `check` if settings can be wrong for it.
 
-A new file is a new divergence. Letters: p teacher, q student, n rows, C classes. `uld`, which compares probabilities
-over two vocabularies, has another signature and is not found here.
+A new file is a new divergence. Letters: p teacher, q student, n rows, C classes.
 """
 
 from __future__ import annotations
