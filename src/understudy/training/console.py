@@ -8,7 +8,7 @@ from typing import TextIO
 
 import rich.console
 
-__all__ = ["Console", "open_console", "silent_console"]
+__all__ = ["Console", "duration", "open_console", "silent_console"]
 
 STDOUT = 1
 
@@ -33,6 +33,13 @@ def open_console(descriptor: int) -> Console:
 def silent_console() -> Console:
     """For ranks that have nothing to say."""
     return Console(rich.console.Console(quiet=True))
+
+
+def duration(seconds: float) -> str:
+    """`4:05`, or `1:02:03` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _terminal_width(stream: TextIO) -> int | None:

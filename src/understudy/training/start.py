@@ -31,7 +31,7 @@ from understudy.recipe.source_map import SourceMap
 if TYPE_CHECKING:
     from understudy.training.prepare import Prepared
 
-__all__ = ["start_as_worker", "start_locally"]
+__all__ = ["chosen_processes", "start_as_worker", "start_locally"]
 
 STDOUT, STDERR = 1, 2
 SMALL_FILES_BYTES = 64 * 2**20
@@ -45,7 +45,7 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
     with noted_signals() as requests, ExitStack() as stack:
         with requests.interruptible():
             machine = detect_machine()
-            processes = _processes(recipe, sources, machine)
+            processes = chosen_processes(recipe, sources, machine)
             resolved, choices = _resolved(recipe, sources, machine, processes)
         path = Path(resolved.output_dir)
         resume = resolved.checkpoint.resume
@@ -108,7 +108,8 @@ def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: i
     return resolve(recipe, machine, processes)
 
 
-def _processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
+def chosen_processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
+    """How many processes to start on this host. Raises `UserError` when there are fewer devices."""
     asked = recipe.cluster.processes
     processes = max(1, machine.devices) if asked == "auto" else asked
     if machine.accelerated and processes > machine.devices:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from understudy.training.console import duration
 from understudy.training.sinks.registry import Answer, Row, RunFacts, Sink
 
 __all__ = ["make"]
@@ -113,7 +114,7 @@ def training_line(row: Row, total_steps: int, seconds_left: float | None) -> str
     if "skipped" in row:
         parts.append("skipped: loss or gradient is not finite")
     if seconds_left is not None:
-        parts.append(f"left {_duration(seconds_left)}")
+        parts.append(f"left {duration(seconds_left)}")
     return "  ".join(parts)
 
 
@@ -143,12 +144,6 @@ def _shown(answer: Answer) -> str:
 
 def _count(number: float) -> str:
     return f"{number:,.0f}" if number < 10_000 else f"{number / 1000:,.1f}k"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _head(text: str) -> str:
