@@ -48,6 +48,7 @@ def violations(changes: dict[str, Any]) -> dict[str, str]:
 
 HYBRID = {"kind": "fsdp", "sharding": "hybrid_shard"}
 TAUGHT = {"kind": "distillation", "teacher": {"kind": "resident", "path": "t"}}
+UNIVERSAL = {**TAUGHT, "divergence": "uld"}
 SERVER = {"kind": "server", "path": "t", "endpoints": ["http://127.0.0.1:1/v1"]}
 SEVERAL = {"kind": "several", "teachers": [{"kind": "resident", "path": "t"}, SERVER]}
 CACHED = {"kind": "distillation", "teacher": {"kind": "cache", "path": "t", "targets": "samples", "k": 12}}
@@ -242,6 +243,23 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         "hidden_states_are_those_of_one_model_here",
         [("objective.hidden_states", {"objective": {**CACHED, "hidden_states": {}}})],
         [{"objective": {**TAUGHT, "hidden_states": {"loss": "cosine"}}}, {"objective": CACHED}],
+    ),
+    (
+        "another_tokenizers_teacher_runs_here",
+        [
+            ("objective.teacher", {"objective": {**UNIVERSAL, "teacher": HIDDEN}}),
+            ("objective.teacher.teachers.1", {"objective": {**UNIVERSAL, "teacher": SEVERAL}}),
+        ],
+        [{"objective": UNIVERSAL}, {"objective": {**TAUGHT, "teacher": HIDDEN}}],
+    ),
+    (
+        "two_tokenizers_meet_in_the_data_alone",
+        [
+            ("objective.on_policy_fraction", {"objective": {**UNIVERSAL, "on_policy_fraction": 0.5}}),
+            ("objective.hidden_states", {"objective": {**UNIVERSAL, "hidden_states": {}}}),
+            ("data.overflow", {"objective": UNIVERSAL, "data.overflow": "split"}),
+        ],
+        [{"objective": UNIVERSAL, "data.overflow": "drop"}, {"objective": TAUGHT, "data.overflow": "split"}],
     ),
     (
         "quantized_weights_are_frozen",

@@ -133,3 +133,39 @@ def hidden_states_are_those_of_one_model_here(recipe: Recipe) -> Violations:
             f"a teacher of the kind {objective.teacher.kind} gives no hidden states of layers; name one that runs "
             "here: `kind: resident`, or remove `hidden_states`.",
         )
+
+
+@rule
+def another_tokenizers_teacher_runs_here(recipe: Recipe) -> Violations:
+    for key, teacher in _named_teachers(recipe.objective):
+        if isinstance(teacher, CachedTeacher | ServerTeacher) and _divergence(recipe) == "uld":
+            yield (
+                key,
+                f"`uld` asks a teacher about its own reading of the data, which one of the kind {teacher.kind} does not "
+                "have; name one that runs here: `kind: resident` or `kind: sharded`, or take another divergence.",
+            )
+
+
+@rule
+def two_tokenizers_meet_in_the_data_alone(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if not isinstance(objective, Distillation) or objective.divergence != "uld":
+        return
+    if objective.on_policy_fraction:
+        yield (
+            "objective.on_policy_fraction",
+            "`uld` compares what two tokenizers make of the data, and the student's own answers are in none; set "
+            "`on_policy_fraction: 0`, or take another divergence.",
+        )
+    if objective.hidden_states is not None:
+        yield (
+            "objective.hidden_states",
+            "hidden states are matched token by token, and with `uld` the two models may have other tokens; remove "
+            "`hidden_states`, or take another divergence.",
+        )
+    if recipe.data.overflow == "split":
+        yield (
+            "data.overflow",
+            "`uld` pairs what two tokenizers make of an example, and each would split it elsewhere; set "
+            "`overflow: truncate` or `drop`.",
+        )
