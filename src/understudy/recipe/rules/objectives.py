@@ -141,8 +141,8 @@ def another_tokenizers_teacher_runs_here(recipe: Recipe) -> Violations:
         if isinstance(teacher, CachedTeacher | ServerTeacher) and _divergence(recipe) == "uld":
             yield (
                 key,
-                f"`uld` asks a teacher about its own reading of the data, which one of the kind {teacher.kind} does not "
-                "have; name one that runs here: `kind: resident` or `kind: sharded`, or take another divergence.",
+                f"`uld` asks a teacher about its own reading of the data, and a {teacher.kind} has none; name one that "
+                "runs here: `kind: resident` or `kind: sharded`, or take another divergence.",
             )
 
 
