@@ -46,7 +46,7 @@ class TrainingData:
         self._capacity = micro_batch_tokens
         self._rank = rank
         self._world_size = world_size
-        self._attention_cost = attention_cost
+        self.attention_cost = attention_cost
         self.examples_per_epoch = self._order.length
         self.steps_per_epoch = max(1, math.ceil(self._order.length / global_batch_size))
         # 0.1 + 0.2 epochs of 10 steps are 3 steps, not 4.
@@ -65,7 +65,7 @@ class TrainingData:
             self._cache.lengths[examples],
             capacity=self._capacity,
             world_size=self._world_size,
-            attention_cost=self._attention_cost,
+            attention_cost=self.attention_cost,
         )
         return GlobalBatch(
             micro_batches=tuple(_join(self._cache, examples[row[self._rank]]) for row in rows),
