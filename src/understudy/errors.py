@@ -10,9 +10,11 @@ from pathlib import Path
 __all__ = [
     "DivergedError",
     "LostProcessError",
+    "LostTeacherError",
     "OutOfMemoryError",
     "RecipeError",
     "StoppedError",
+    "StoppedWaitingError",
     "UnderstudyError",
     "UserError",
     "Violation",
@@ -92,6 +94,10 @@ class LostProcessError(UnderstudyError):
     exit_status = 5
 
 
+class LostTeacherError(LostProcessError):
+    """A server that teaches does not answer. Raised on all ranks alike, where no step is under way."""
+
+
 class StoppedError(UnderstudyError):
     """Stopped on request; run again to go on.
 
@@ -103,6 +109,10 @@ class StoppedError(UnderstudyError):
     def __init__(self, message: str, *, begun: bool = True) -> None:
         super().__init__(message)
         self.begun = begun
+
+
+class StoppedWaitingError(StoppedError):
+    """Stopped on request while a step waited to begin. Raised on all ranks alike; the message names the signal."""
 
 
 def _one_line(message: str, file: str | None, line: int | None) -> str:

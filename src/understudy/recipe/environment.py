@@ -23,6 +23,7 @@ __all__ = [
     "launcher_process",
     "process_environment",
     "set_build_environment",
+    "teacher_key",
     "visible_devices",
 ]
 
@@ -153,6 +154,17 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
         raise UserError(
             f"the environment variable {name} is {env.get(name, 'not set')!r}; it must be a number."
         ) from None
+
+
+def teacher_key() -> str | None:
+    """What a server that teaches wants to be shown, UNDERSTUDY_TEACHER_API_KEY; None when it is not set. A secret: it
+    stands in no recipe, no log and no message."""
+    key = os.environ.get("UNDERSTUDY_TEACHER_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise UserError(
+            "the environment variable UNDERSTUDY_TEACHER_API_KEY has characters that no key has; set it again."
+        )
+    return key or None
 
 
 def visible_devices(variable: str) -> str | None:

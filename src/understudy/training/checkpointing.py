@@ -7,7 +7,7 @@ from pathlib import Path
 
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.saver import CheckpointSaver
-from understudy.errors import StoppedError
+from understudy.errors import LostTeacherError, StoppedError, StoppedWaitingError
 from understudy.recipe.schema import Checkpoint
 from understudy.training.evaluation import EvaluationHook
 from understudy.training.hooks import Hook, StepResult, TrainingState, interval_steps
@@ -25,7 +25,8 @@ def most_checkpoints(settings: Checkpoint, total_steps: int) -> int:
 
 class CheckpointHook(Hook):
     """Saves after every `every`th step (not at all when None) and after the last. On a request to stop it saves after
-    the step in flight and raises `StoppedError` once that is committed, on all ranks alike.
+    the step in flight and raises `StoppedError` once that is committed, on all ranks alike. Interrupted, it saves after
+    the last step, and raises the error again with the checkpoint's place.
 
     With `evaluate_first`, each checkpoint but one on request is evaluated first, so that the best can be told.
     """
@@ -82,6 +83,19 @@ class CheckpointHook(Hook):
             self._evaluate_and_save(state)
         self._saver.wait()
         self._report()
+
+    def interrupted(self, state: TrainingState, error: LostTeacherError | StoppedWaitingError) -> None:
+        self._stop.settle()
+        if self._saved_step != state.step and state.step:
+            self._save(state)
+        self._saver.wait()
+        self._report()
+        kept = (
+            f"the checkpoint of step {state.step} is {self._location(state.step)}" if state.step else "no step is done"
+        )
+        if isinstance(error, StoppedWaitingError):
+            raise StoppedError(f"{error}; {kept}. Run the same command again to go on.") from error
+        raise LostTeacherError(f"{error}; {kept}. Put that right, then run the same command again to go on.") from error
 
     def _evaluate_and_save(self, state: TrainingState) -> None:
         if self._evaluation is not None and self._evaluate_first:

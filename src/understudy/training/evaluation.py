@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from torch import Tensor
 
-from understudy.contracts import Objective, Strategy
+from understudy.contracts import Batch, Objective, Strategy
 from understudy.data.batching import evaluation_batches, prompt_and_answer
 from understudy.data.cache import TokenCache
 from understudy.parallel.world import World
+from understudy.training.asking import Asking
 from understudy.training.companions import special_ids
 from understudy.training.generation import generate
 from understudy.training.hooks import Hook, StepResult, TrainingState
@@ -43,17 +45,28 @@ class Evaluator:
     max_length: int
     max_batches: int | None
     samples: int
+    asking: Asking | None = None
+    """Of a teacher that is asked before it is needed."""
 
     def metrics(self) -> Row:
         """Loss, perplexity and token accuracy over the evaluation set."""
-        batches = evaluation_batches(
+        batches = self._micro_batches() if self.asking is None else self._answered
+        return evaluation_metrics(self.strategy.evaluate(batches, self.objective))
+
+    def _micro_batches(self) -> tuple[Batch, ...]:
+        return evaluation_batches(
             self.cache,
             micro_batch_tokens=self.micro_batch_tokens,
             rank=self.world.rank,
             world_size=self.world.size,
             max_batches=self.max_batches,
         )
-        return evaluation_metrics(self.strategy.evaluate(batches, self.objective))
+
+    @cached_property
+    def _answered(self) -> tuple[Batch, ...]:
+        """They are the same each time, and so is what a teacher says of them."""
+        assert self.asking is not None, "else there is nothing to be said"
+        return self.asking.answered(self._micro_batches())
 
     def answers(self) -> list[Answer]:
         """Greedy answers to the first `samples` prompts of the evaluation set, the same on every rank. Text is decoded

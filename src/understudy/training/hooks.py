@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from understudy.contracts import GlobalBatch, LossSum
+from understudy.errors import LostTeacherError, StoppedWaitingError
 
 __all__ = ["Hook", "HookList", "StepResult", "TrainingState", "interval_steps"]
 
@@ -57,6 +58,10 @@ class Hook:
     def end(self, state: TrainingState) -> None:
         """After the last step."""
 
+    def interrupted(self, state: TrainingState, error: LostTeacherError | StoppedWaitingError) -> None:
+        """Where training cannot go on now, on all ranks alike, wherever it was but not within a step: in place of all
+        later moments. May raise what says more than `error`, which is raised after it."""
+
 
 class HookList(Hook):
     """Several hooks as one, called in order."""
@@ -79,6 +84,10 @@ class HookList(Hook):
     def end(self, state: TrainingState) -> None:
         for hook in self._hooks:
             hook.end(state)
+
+    def interrupted(self, state: TrainingState, error: LostTeacherError | StoppedWaitingError) -> None:
+        for hook in self._hooks:
+            hook.interrupted(state, error)
 
 
 def interval_steps(every: float | None, total_steps: int) -> int | None:

@@ -22,18 +22,39 @@ class TeacherPlace:
     cache: Path | None
     """Of what it said, where that is read in place of asking it."""
     shared_classes: int
-    """The first so many tokens are the same to teacher and student."""
+    """The first so many tokens are the same to teacher and student; 0 where the two are aligned."""
+    endpoints: tuple[str, ...] = ()
+    """Of a server: those that answered."""
+    classes: int = 0
+    """Of a server: how many its answers are about."""
+    alignment: Path | None = None
+    """Of one with another tokenizer: where its reading of the data says what the student's does,"""
+    examples: tuple[Path, ...] = ()
+    """and that reading, of training and evaluation data: token caches."""
 
     def to_json(self) -> dict[str, Any]:
-        places = {"directory": self.directory, "cache": self.cache}
+        places = {"directory": self.directory, "cache": self.cache, "alignment": self.alignment}
         return {name: None if path is None else str(path) for name, path in places.items()} | {
-            "shared_classes": self.shared_classes
+            "shared_classes": self.shared_classes,
+            "endpoints": list(self.endpoints),
+            "classes": self.classes,
+            "examples": [str(path) for path in self.examples],
         }
 
     @staticmethod
     def of_json(values: dict[str, Any]) -> TeacherPlace:
-        directory, cache = (None if values[name] is None else Path(values[name]) for name in ("directory", "cache"))
-        return TeacherPlace(directory, cache, values["shared_classes"])
+        directory, cache, alignment = (
+            None if values[name] is None else Path(values[name]) for name in ("directory", "cache", "alignment")
+        )
+        return TeacherPlace(
+            directory,
+            cache,
+            values["shared_classes"],
+            tuple(values["endpoints"]),
+            values["classes"],
+            alignment,
+            tuple(map(Path, values["examples"])),
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from understudy.errors import StoppedError
+from understudy.errors import LostTeacherError, StoppedError, StoppedWaitingError
 from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
 from understudy.training.hooks import Hook, StepResult, TrainingState
 
@@ -36,10 +36,13 @@ class StopRequest:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             yield
 
+    def received(self) -> int:
+        """The number of the first signal that this rank received; 0 without any."""
+        return self._requests.received[0] if self._requests.received else 0
+
     def exchange(self) -> None:
         """Begins to ask all ranks; a collective."""
-        received = self._requests.received
-        self._flag = torch.tensor([received[0] if received else 0], dtype=torch.int32)
+        self._flag = torch.tensor([self.received()], dtype=torch.int32)
         self._exchange = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, async_op=True)
 
     def agreed(self) -> signal.Signals | None:
@@ -48,6 +51,11 @@ class StopRequest:
         self._exchange.wait()
         number = int(self._flag)
         return signal.Signals(number) if number else None
+
+    def settle(self) -> None:
+        """Until no exchange is under way."""
+        if self._exchange is not None:
+            self._exchange.wait()
 
 
 class StopHook(Hook):
@@ -62,3 +70,8 @@ class StopHook(Hook):
     def after_step(self, result: StepResult) -> None:
         if (received := self._stop.agreed()) is not None:
             raise StoppedError(f"stopped by {received.name} after step {result.state.step}.")
+
+    def interrupted(self, state: TrainingState, error: LostTeacherError | StoppedWaitingError) -> None:
+        self._stop.settle()
+        if isinstance(error, StoppedWaitingError):
+            raise StoppedError(f"{error} after step {state.step}.") from error

@@ -27,7 +27,9 @@ __all__ = [
     "OpenedTeacher",
     "find_directory",
     "judge_teacher",
+    "judge_tokenizer",
     "open_teacher",
+    "require_positions",
     "teacher_dtype",
 ]
 
@@ -73,6 +75,12 @@ def open_teacher(directory: Path, dtype: torch.dtype) -> OpenedTeacher:
 def judge_teacher(opened: OpenedTeacher, name: str, student_tokenizer: Any, longest: int) -> int:
     """How many of the first tokens are the same to the teacher, called `name`, and to the student. Raises `UserError`
     when the teacher does not read as the student does, or has fewer positions than the `longest` example."""
+    require_positions(opened, longest)
+    return judge_tokenizer(tokenizer_directory(Model(path=str(opened.directory))), name, student_tokenizer)
+
+
+def require_positions(opened: OpenedTeacher, longest: int) -> None:
+    """Raises `UserError` when the teacher has fewer positions than the `longest` example."""
     limit = opened.model.document_limit
     if limit is not None and longest > limit:
         raise UserError(
@@ -80,21 +88,21 @@ def judge_teacher(opened: OpenedTeacher, name: str, student_tokenizer: Any, long
             "set data.max_length to at most that.",
             key="data.max_length",
         )
-    tokenizer = load_tokenizer(tokenizer_directory(Model(path=str(opened.directory))))
-    return _shared_classes(tokenizer, student_tokenizer, name)
 
 
-def _shared_classes(teacher: Any, student: Any, path: str) -> int:
-    """How many of the first tokens are the same to both tokenizers. Raises `UserError` when it is not all that both
-    have: their distributions are then over other things."""
-    theirs, ours = ({token: text for text, token in tokenizer.get_vocab().items()} for tokenizer in (teacher, student))
+def judge_tokenizer(directory: Path, name: str, student_tokenizer: Any) -> int:
+    """How many of the first tokens are the same to the tokenizer of the teacher called `name`, in `directory`, and to
+    the student's. Raises `UserError` when it is not all that both have: their distributions are then over other
+    things."""
+    tokenizers = (load_tokenizer(directory), student_tokenizer)
+    theirs, ours = ({token: text for text, token in tokenizer.get_vocab().items()} for tokenizer in tokenizers)
     common = int(min(max(theirs), max(ours))) + 1
     different = next((token for token in range(common) if theirs.get(token) != ours.get(token)), None)
     if different is not None:
         raise UserError(
-            f"the teacher {path} has another tokenizer than the student: token {different:,} is "
+            f"the teacher {name} has another tokenizer than the student: token {different:,} is "
             f"{theirs.get(different)!r} to it and {ours.get(different)!r} to the student; name a teacher of the same "
-            "family.",
+            "family, or set `objective.divergence: uld` with a resident or sharded one.",
             key=TEACHER,
         )
     return common

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
-from understudy.contracts import IGNORED, Batch
+from understudy.contracts import Batch
 from understudy.models.head import LossHead
 from understudy.objectives.targets import DenseTargets, SampledTargets, Targets, TopKTargets
 from understudy.objectives.teachers.cache_contents import SampleRows, TopKRows
 from understudy.objectives.teachers.cache_reader import TeacherCache
+from understudy.objectives.teachers.teacher import documents_of
 
 __all__ = ["CachedTeacher"]
 
@@ -22,10 +21,7 @@ class CachedTeacher:
         self._head = head
 
     def targets(self, batch: Batch) -> Targets:
-        tokens, supervised = batch.tokens.cpu(), (batch.labels != IGNORED).cpu()
-        offsets = batch.document_offsets.tolist()
-        documents = [(tokens[a:b], supervised[a:b]) for a, b in pairwise(offsets)]
-        rows, device = self._cache.batch_targets(documents), batch.tokens.device
+        rows, device = self._cache.batch_targets(documents_of(batch)), batch.tokens.device
         if isinstance(rows, TopKRows):
             return TopKTargets(rows.ids.to(device), rows.log_probs.to(device), rows.tail.to(device))
         if isinstance(rows, SampleRows):
