@@ -95,7 +95,7 @@ class LossSum(NamedTuple):
     num_tokens: Tensor
     """Scalar int64, supervised tokens summed over."""
     metrics: dict[str, Tensor]
-    """Other scalar sums over the same tokens, such as `correct`."""
+    """Other sums over the same tokens, scalars such as `correct` or vectors."""
 
 
 class TokenLossResult(NamedTuple):
@@ -104,7 +104,7 @@ class TokenLossResult(NamedTuple):
     grad_logits: Tensor
     """[N, V] fp32: its gradient; may be the memory of the logits given."""
     metrics: dict[str, Tensor]
-    """Scalar sums over the rows."""
+    """Sums over the rows, scalars or vectors."""
 
 
 class TokenLoss(Protocol):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from tests.divergence_formulas import KINDS, formula
 from understudy.models.head import LossHead
 from understudy.models.logits import Scale, SoftCap
+from understudy.objectives.calibration import BINS
 from understudy.objectives.distillation_loss import DistillationLoss
 from understudy.objectives.targets import (
     DenseTargets,
@@ -300,6 +301,7 @@ def test_no_rows_give_zeros_and_every_metric(targets: str) -> None:
     result = loss(make_logits(rows=0, dtype=torch.float32), slice(0, 0))
     assert result.loss == 0
     assert result.grad_logits.shape == (0, CLASSES)
+    assert torch.equal(result.metrics.pop("calibration"), torch.zeros(BINS))
     assert result.metrics == dict.fromkeys(("divergence", "cross_entropy", "correct", "agreement"), 0)
 
 

@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from understudy.contracts import IGNORED, Batch, LossSum, TokenLossResult
+from understudy.objectives.calibration import calibration_gaps
 
 __all__ = ["CausalLMObjective", "CrossEntropy"]
 
 
 class CausalLMObjective:
-    """Σ −log p(label) over supervised tokens, in nats; metric `correct` counts those whose label is the likeliest."""
+    """Σ −log p(label) over supervised tokens, in nats; metric `correct` counts those whose label is the likeliest, and
+    `calibration` is of how sure that was."""
 
     def prepare(self, batch: Batch) -> Batch:
         return batch
@@ -37,7 +39,10 @@ class CrossEntropy:
         # Each element is read before it is written, so the probabilities may take the logits' place.
         probabilities = torch.softmax(logits, dim=1, out=logits)
         # p(likeliest) is at least 1/V, so unlike log p(label) this cannot underflow.
-        log_normalizer = largest - probabilities.gather(1, likeliest).log()
+        confidence = probabilities.gather(1, likeliest)
+        log_normalizer = largest - confidence.log()
         loss = (log_normalizer - label_logits).sum()
         probabilities.scatter_add_(1, labels, probabilities.new_full((1, 1), -1.0).expand_as(labels))
-        return TokenLossResult(loss, probabilities, {"correct": (likeliest == labels).sum()})
+        correct = likeliest == labels
+        metrics = {"correct": correct.sum(), "calibration": calibration_gaps(confidence.squeeze(1), correct.squeeze(1))}
+        return TokenLossResult(loss, probabilities, metrics)

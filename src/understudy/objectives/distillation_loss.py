@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from understudy.contracts import TokenLossResult
+from understudy.objectives.calibration import BINS, calibration_gaps
 from understudy.objectives.comparison import compare
 from understudy.objectives.divergences.registry import make_divergence
 from understudy.objectives.divergences.settings import DivergenceSettings
@@ -30,7 +31,7 @@ class DistillationLoss:
 
     Metrics, summed over rows: `divergence` (D without τ²; over draws it has the teacher's entropy in it),
     `cross_entropy` (at τ = 1, whatever w), `correct` and `agreement` (the student's likeliest class is the label, the
-    teacher's likeliest class).
+    teacher's likeliest class), `calibration` (see `calibration_gaps`).
 
     Memory: the logits, whose place the gradient takes; dense targets' logits of the same chunk; and, as rows are worked
     on a block at a time, four or five tensors of `block_bytes`, two for top-k targets, seven for adaptive KL, nine for
@@ -67,6 +68,7 @@ class DistillationLoss:
     def __call__(self, logits: Tensor, rows: slice) -> TokenLossResult:
         labels, targets = self.labels[rows], self.targets.part(rows)
         sums = {name: logits.new_zeros(()) for name in ("divergence", "cross_entropy", "correct", "agreement")}
+        sums["calibration"] = logits.new_zeros(BINS)
         for block in self._blocks(logits):
             for name, value in self._block(logits[block], labels[block], targets.part(block)).items():
                 sums[name] += value
@@ -90,6 +92,7 @@ class DistillationLoss:
         )
         student_log = torch.log_softmax(logits, dim=1)
         cross_entropy = -student_log.gather(1, label).sum()
+        confidence = student_log.gather(1, likeliest.unsqueeze(1)).squeeze(1).exp()
         if weight:
             torch.exp(student_log, out=logits).mul_(weight)
             logits.scatter_add_(1, label, logits.new_full((1, 1), -weight).expand_as(label))
@@ -102,4 +105,5 @@ class DistillationLoss:
             "cross_entropy": cross_entropy,
             "correct": (likeliest == labels).sum(),
             "agreement": (likeliest == teacher_choice).sum(),
+            "calibration": calibration_gaps(confidence, likeliest == labels),
         }

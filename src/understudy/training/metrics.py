@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from understudy.contracts import LossSum
+from understudy.objectives.calibration import calibration_error
 from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.sinks.registry import Row, Sink
 
@@ -93,16 +94,17 @@ _EVALUATED = {"correct": "eval_token_accuracy", "agreement": "eval_teacher_agree
 
 def evaluation_metrics(total: LossSum) -> Row:
     """`eval_loss` (nats a supervised token), `eval_perplexity` (of the cross-entropy, where the loss has other parts),
-    `eval_token_accuracy` where the objective counts `correct` tokens, and what else it sums. Sums over no token at all
-    give NaN."""
-    names = list(total.metrics)
-    loss, count, *sums = torch.stack(
-        [value.double() for value in (total.loss, total.num_tokens, *total.metrics.values())]
-    ).tolist()
-    mean = loss / count if count else math.nan
+    `eval_token_accuracy` where the objective counts `correct` tokens, `eval_calibration_error` where it sums what that
+    takes, and what else it sums. Sums over no token at all give NaN."""
+    metrics = {name: value.double().cpu() for name, value in total.metrics.items()}
+    gaps = metrics.pop("calibration", None)
+    count = int(total.num_tokens)
+    mean = float(total.loss) / count if count else math.nan
     row = {"eval_loss": mean}
-    for name, value in zip(names, sums):
-        row[_EVALUATED.get(name, f"eval_{name}")] = value / count if count else math.nan
+    for name, value in metrics.items():
+        row[_EVALUATED.get(name, f"eval_{name}")] = float(value) / count if count else math.nan
+    if gaps is not None:
+        row["eval_calibration_error"] = calibration_error(gaps, count) if count else math.nan
     # exp overflows past 709 nats; such a model is as good as infinitely perplexed.
     entropy = row.get("eval_cross_entropy", mean)
     return row | {"eval_perplexity": math.exp(entropy) if not entropy > 700 else math.inf}
