@@ -139,6 +139,24 @@ def test_auto_goes_on_whatever_the_strategy_the_processes_and_the_logging(
     assert found.checkpoint == path
 
 
+def taught(**server: Any) -> dict[str, Any]:
+    """By a server alone and as one of two."""
+    section = {"kind": "server", "path": "t", "endpoints": ["http://a/v1"], **server}
+    several = {"kind": "several", "teachers": [section, {"kind": "resident", "path": "r"}]}
+    return {"alone": {"kind": "distillation", "teacher": section}, "both": {"kind": "distillation", "teacher": several}}
+
+
+@pytest.mark.parametrize("which", ["alone", "both"])
+def test_a_teacher_may_be_reached_otherwise_but_not_be_asked_otherwise(store: CheckpointStore, which: str) -> None:
+    path = saved(store, 10, recipe(objective=taught()[which]))
+    moved = taught(endpoints=["http://b/v1", "http://c/v1"], model="served", timeout=5.0, retries=9)
+    found, _ = chosen(store, recipe(objective=moved[which]))
+    assert found is not None
+    assert found.checkpoint == path
+    with pytest.raises(RecipeError, match=r"objective\.teacher\.(teachers\.0\.)?k was 20 and is 30"):
+        chosen(store, recipe(objective=taught(k=30)[which]))
+
+
 def test_a_named_checkpoint_goes_on_with_another_recipe_and_says_what_changed(
     store: CheckpointStore, tmp_path: Path
 ) -> None:

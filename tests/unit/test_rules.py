@@ -46,6 +46,14 @@ def violations(changes: dict[str, Any]) -> dict[str, str]:
     return {}
 
 
+def served(*addresses: str) -> dict[str, Any]:
+    return {**TAUGHT, "teacher": {**SERVER, "endpoints": addresses}}
+
+
+def answered_at(address: str) -> dict[str, Any]:
+    return {**TAUGHT, "on_policy_fraction": 0.5, "on_policy": {"endpoint": address}}
+
+
 HYBRID = {"kind": "fsdp", "sharding": "hybrid_shard"}
 TAUGHT = {"kind": "distillation", "teacher": {"kind": "resident", "path": "t"}}
 UNIVERSAL = {**TAUGHT, "divergence": "uld"}
@@ -53,6 +61,16 @@ SERVER = {"kind": "server", "path": "t", "endpoints": ["http://127.0.0.1:1/v1"]}
 SEVERAL = {"kind": "several", "teachers": [{"kind": "resident", "path": "t"}, SERVER]}
 CACHED = {"kind": "distillation", "teacher": {"kind": "cache", "path": "t", "targets": "samples", "k": 12}}
 HIDDEN = {"kind": "cache", "path": "t", "targets": "hidden"}
+NO_ADDRESSES = (
+    "127.0.0.1:8000/v1",
+    "ftp://a/v1",
+    "http:///v1",
+    "http://me:word@a/v1",
+    "http://a:port/v1",
+    "http://a b/v1",
+    "http://[::1/v1",
+    "http://a/v1?key=b",
+)
 RANDOM = {"init": "random", "tokenizer": "t", "config": {"model_type": "llama"}}
 PRUNED = {"path": "m", "init": "pruned"}
 
@@ -222,6 +240,18 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         "a_server_speaks_at_temperature_one",
         [("objective.temperature", {"objective": {**TAUGHT, "teacher": SERVER, "temperature": 2.0}})],
         [{"objective": {**TAUGHT, "teacher": SERVER}}, {"objective": {**TAUGHT, "temperature": 2.0}}],
+    ),
+    (
+        "a_server_has_an_address",
+        [
+            *[("objective.teacher.endpoints.0", {"objective": served(address)}) for address in NO_ADDRESSES],
+            ("objective.teacher.endpoints.1", {"objective": served("http://a/v1", "b/v1")}),
+            ("objective.on_policy.endpoint", {"objective": answered_at("localhost:1")}),
+        ],
+        [
+            {"objective": served("http://[::1]:8000/v1", "https://a.b/c/v1/")},
+            {"objective": answered_at("http://localhost:1")},
+        ],
     ),
     (
         "what_a_student_says_itself_is_in_no_cache",

@@ -31,6 +31,8 @@ NOT_DETERMINING = (
     "training.deterministic",
     "training.micro_batch_tokens",
 )
+OF_TEACHER = ("device", "endpoints", "model", "retries", "timeout")
+"""Fields of a teacher that say where it is and how it is reached, not what it says."""
 OF_TRAINING_DATA = "weight"
 """The one field of a data source that the digest of the prepared data does not cover."""
 
@@ -219,6 +221,8 @@ def _refuse_what_cannot_go_on(recipe: Recipe, sources: SourceMap, found: Resumpt
 def _determines(key: str) -> bool:
     if key.startswith("data.train."):
         return key.endswith(f".{OF_TRAINING_DATA}")
+    if key.startswith("objective.teacher.") and key.rpartition(".")[2] in OF_TEACHER:
+        return False
     return key.startswith(tuple(f"{part}." for part in DETERMINING)) and not key.startswith(NOT_DETERMINING)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 from understudy.recipe.adapters import Freeze, LlamaAdapter, LoRA, PromptTuning
 from understudy.recipe.kinds import unread_fields
@@ -93,6 +94,40 @@ def a_server_speaks_at_temperature_one(recipe: Recipe) -> Violations:
                 "a server gives the likeliest tokens' probabilities at temperature 1, which cannot be turned into "
                 f"others; set `objective.temperature: 1.0`, or let another kind of teacher take the place of `{key}`.",
             )
+
+
+@rule
+def a_server_has_an_address(recipe: Recipe) -> Violations:
+    objective = recipe.objective
+    if not isinstance(objective, Distillation):
+        return
+    addresses = [
+        (f"{key}.endpoints.{i}", address)
+        for key, teacher in _named_teachers(objective)
+        if isinstance(teacher, ServerTeacher)
+        for i, address in enumerate(teacher.endpoints)
+    ]
+    if objective.on_policy.endpoint is not None:
+        addresses.append(("objective.on_policy.endpoint", objective.on_policy.endpoint))
+    for key, address in addresses:
+        if problem := _wrong_address(address):
+            yield key, f"`{key}` {problem}; write one such as http://127.0.0.1:8000/v1."
+
+
+def _wrong_address(address: str) -> str | None:
+    """What keeps `address` from being that of a server."""
+    try:
+        parts = urlsplit(address)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        return "is no address"
+    if "@" in parts.netloc:
+        return "has a name or a password in it, which no recipe should (UNDERSTUDY_TEACHER_API_KEY holds a key)"
+    if parts.scheme not in ("http", "https"):
+        return f"is {address!r:.100}, which does not begin with http:// or https://"
+    if not host or parts.query or parts.fragment or any(c.isspace() or not c.isprintable() for c in address):
+        return f"is {address!r:.100}, which is no server's base address"
+    return None
 
 
 @rule
