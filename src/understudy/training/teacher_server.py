@@ -44,7 +44,7 @@ def find_server(
     for endpoint in section.endpoints:
         teacher = _teacher(section, place, (endpoint,), retries=min(section.retries, PROBE_RETRIES))
         try:
-            teacher.document(torch.from_numpy(tokens), torch.from_numpy(supervised))
+            teacher.document(torch.tensor(tokens), torch.tensor(supervised))
             live.append(endpoint)
         except LostServerError as error:
             dead.append(str(error))
