@@ -47,4 +47,21 @@ def test_evaluate_reports_the_loss_that_training_reported(precision: str, tmp_pa
         understudy(["evaluate", str(tmp_path / "run"), str(tmp_path / "recipe.json"), "--json"], tmp_path / "cache")
     )
     assert scores["loss"] == pytest.approx(expected["eval_loss"], rel=1e-6 if precision == "fp32" else 1e-3)
-    assert scores["token_accuracy"] == pytest.approx(expected["eval_token_accuracy"], rel=1e-6)
+    for name in ("token_accuracy", "calibration_error"):
+        assert scores[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-6 if precision == "fp32" else 1e-3)
+
+    if precision == "fp32":  # a student of the model that was trained
+        teacher = {"kind": "resident", "path": str(tmp_path / "run" / "model")}
+        recipe["objective"] = {"kind": "distillation", "teacher": teacher, "cross_entropy_weight": 0.25}
+        recipe |= {"output_dir": str(tmp_path / "student"), "training": {**recipe["training"], "seed": 7}}
+        (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+        understudy(["train", str(tmp_path / "recipe.json")], tmp_path / "cache")
+        logged = [json.loads(line) for line in (tmp_path / "student" / "metrics.jsonl").read_text().splitlines()]
+        expected = next(row for row in reversed(logged) if "eval_loss" in row)
+        scores = json.loads(
+            understudy(
+                ["evaluate", str(tmp_path / "student"), str(tmp_path / "recipe.json"), "--json"], tmp_path / "cache"
+            )
+        )
+        for name in ("loss", "cross_entropy", "divergence", "teacher_agreement", "calibration_error"):
+            assert scores[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-5), name

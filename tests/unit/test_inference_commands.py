@@ -389,8 +389,8 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words() -> None:
 def test_evaluate_prints_a_table(model: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert exit_status(["evaluate", str(model), str(recipe), "--samples", "1", "--max-new-tokens", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    names = ["examples", "supervised tokens", "loss", "perplexity", "token accuracy", "answers", "exact match"]
-    assert [line[:18].strip() for line in lines] == [*names, "ROUGE-L F1"]
+    names = ["examples", "supervised tokens", "loss", "perplexity", "token accuracy", "calibration error"]
+    assert [line[:18].strip() for line in lines] == [*names, "answers", "exact match", "ROUGE-L F1"]
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def command(
 
     MODEL is a Hugging Face directory, a Hub id, or a run or checkpoint directory, of a model or of an adapter; it takes
     the place of the recipe's own. The data is data.eval, or the part of data.train that data.eval_fraction holds out.
+    A recipe with a teacher compares the model with it too; `objective=causal_lm` leaves the teacher out.
 
     Example: understudy evaluate runs/alpaca-smollm2 recipe.yaml --samples 20
     """
@@ -78,6 +79,12 @@ def _rows(scores: Scores) -> Iterator[tuple[str, str]]:
     yield "perplexity", f"{scores.perplexity:.2f}"
     if scores.token_accuracy is not None:
         yield "token accuracy", f"{scores.token_accuracy:.1%}"
+    if scores.calibration_error is not None:
+        yield "calibration error", f"{scores.calibration_error:.3f}"
+    if scores.divergence is not None:
+        yield "cross-entropy", f"{scores.cross_entropy:.4f}"
+        yield "divergence", f"{scores.divergence:.4f}"
+        yield "teacher agreement", f"{scores.teacher_agreement:.1%}"
     if scores.samples:
         yield "answers", f"{scores.samples:,}"
         yield "exact match", f"{scores.exact_match:.1%}"

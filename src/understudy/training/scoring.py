@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -20,20 +20,25 @@ from understudy.data.prepare import prepare_evaluation_data
 from understudy.devices.detect import detect_machine
 from understudy.devices.device import find_device
 from understudy.models.architecture import load_config
+from understudy.models.tokenizer import load_tokenizer
 from understudy.models.vocabulary_growth import grow_vocabulary
 from understudy.objectives.registry import make_objective
 from understudy.parallel.world import process_group
 from understudy.plan.resolve import resolve
 from understudy.recipe.environment import ProcessEnvironment, cache_directory
-from understudy.recipe.objectives import CausalLM
+from understudy.recipe.objectives import Distillation
+from understudy.recipe.objectives import Objective as AnyObjective
 from understudy.recipe.schema import DDP, Model, Parallel, Recipe
 from understudy.recipe.source_map import SourceMap
+from understudy.recipe.teachers import BaseTeacher
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import adapted_model
 from understudy.training.answering import answer_all
 from understudy.training.inference import load_located, quiet_transformers
+from understudy.training.job import TeacherPlace
 from understudy.training.metrics import evaluation_metrics
 from understudy.training.named_model import NamedModel, locate_model
+from understudy.training.teaching import find_teachers, make_teaching
 
 __all__ = ["Progress", "Scores", "rouge_l", "score_model"]
 
@@ -57,9 +62,17 @@ class Scores:
     examples: int
     supervised_tokens: int
     loss: float
-    """Nats a supervised token."""
+    """Nats a supervised token: of the recipe's objective, as training evaluates it."""
     perplexity: float
     token_accuracy: float | None
+    calibration_error: float | None = None
+    """How far the likeliest tokens' probabilities are from how often they are right (expected calibration error)."""
+    cross_entropy: float | None = None
+    """With a teacher: nats a supervised token."""
+    divergence: float | None = None
+    """From the teacher: nats a supervised token."""
+    teacher_agreement: float | None = None
+    """Share of the tokens at which the teacher and the model think the same the likeliest."""
     samples: int = 0
     """Answers generated."""
     exact_match: float | None = None
@@ -102,6 +115,7 @@ def score_model(
             "quantization": None,
             "strategy": DDP(),
             "parallel": Parallel(),
+            "objective": _judged_by(recipe.objective, found, sources),
         }
     )
     resolved, _ = resolve(evaluated, detect_machine(), 1)
@@ -114,9 +128,38 @@ def score_model(
         report=report,
     )
     assert cache is not None, "the recipe has evaluation data"
-    scores = _loss(resolved, weights, found.adapter, cache, progress)
+    teachers = _teachers(resolved, sources, found, weights, cache, report)
+    scores = _loss(resolved, weights, found.adapter, teachers, cache, progress)
     count = min(recipe.evaluation.samples if samples is None else samples, len(cache))
     return _with_answers(scores, found, resolved, cache, count, max_new_tokens, progress) if count else scores
+
+
+def _judged_by(objective: AnyObjective, found: NamedModel, sources: SourceMap) -> AnyObjective:
+    """The recipe's objective, without what belongs to training alone."""
+    if not isinstance(objective, Distillation):
+        return objective
+    if found.adapter is None and any(isinstance(teacher, BaseTeacher) for teacher in objective.teachers):
+        raise sources.error(
+            "objective.teacher",
+            f"the teacher is the base of an adapter, and {found.name} is a whole model; score the adapter, or say "
+            "objective=causal_lm on the command line.",
+        )
+    return objective.model_copy(update={"hidden_states": None, "on_policy_fraction": 0.0})
+
+
+def _teachers(
+    recipe: Recipe,
+    sources: SourceMap,
+    found: NamedModel,
+    weights: Path,
+    cache: TokenCache,
+    report: Callable[[str], None],
+) -> tuple[TeacherPlace, ...]:
+    if not isinstance(recipe.objective, Distillation):
+        return ()
+    student = adapted_model(recipe, weights, found.adapter).model
+    tokenizer = load_tokenizer(found.tokenizer, recipe.data.chat_template)
+    return find_teachers(recipe, sources, student, tokenizer, [cache], report)
 
 
 def _grown(found: NamedModel) -> Path:
@@ -137,7 +180,14 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * LCSseq.similarity(said, expected) / (len(said) + len(expected))
 
 
-def _loss(recipe: Recipe, weights: Path, adapter: Path | None, cache: TokenCache, progress: Progress) -> Scores:
+def _loss(
+    recipe: Recipe,
+    weights: Path,
+    adapter: Path | None,
+    teachers: Sequence[TeacherPlace],
+    cache: TokenCache,
+    progress: Progress,
+) -> Scores:
     """Under the strategy of a single process, so that precision, packing and sums are training's own."""
     assert recipe.training.micro_batch_tokens != "auto", "the recipe must be resolved first"
     device = find_device()
@@ -158,7 +208,8 @@ def _loss(recipe: Recipe, weights: Path, adapter: Path | None, cache: TokenCache
             strategy.build(lambda: adapted.model, lambda named: torch.optim.SGD([weight for _, weight in named]))
             strategy.load_state(adapted.read)
             progress.begin("evaluating micro-batches", len(batches))
-            total = strategy.evaluate(batches, _Watched(make_objective(CausalLM()), progress))
+            teaching = make_teaching(recipe, teachers, adapted.model, strategy, torch_device, world)
+            total = strategy.evaluate(batches, _Watched(make_objective(recipe.objective, teaching), progress))
     metrics = evaluation_metrics(total)
     return Scores(
         examples=sum(len(batch.document_offsets) - 1 for batch in batches),
@@ -166,6 +217,10 @@ def _loss(recipe: Recipe, weights: Path, adapter: Path | None, cache: TokenCache
         loss=metrics["eval_loss"],
         perplexity=metrics["eval_perplexity"],
         token_accuracy=metrics.get("eval_token_accuracy"),
+        calibration_error=metrics.get("eval_calibration_error"),
+        cross_entropy=metrics.get("eval_cross_entropy"),
+        divergence=metrics.get("eval_divergence"),
+        teacher_agreement=metrics.get("eval_teacher_agreement"),
     )
 
 
