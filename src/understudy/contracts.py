@@ -85,6 +85,8 @@ class GlobalBatch:
     """Ids of the global batch's examples, in order, the same at any world size."""
     epoch: float
     """Epochs completed once this step is done."""
+    on_policy: bool = False
+    """Whether the answers are the student's own."""
 
 
 class LossSum(NamedTuple):

@@ -25,7 +25,8 @@ class MetricsHook(Hook):
 
     `loss`, `grad_norm`, `tokens` and `supervised_tokens` are of that step; `tokens_per_second` (real tokens over all
     ranks) and `step_seconds` (a mean) cover the steps since the last row, without what other hooks do between steps.
-    `skipped` is there, and 1, when loss or gradient were not finite.
+    `skipped` is there, and 1, when loss or gradient were not finite; `on_policy` when the student trained on its own
+    answers.
     The device is read once a row. Sinks exist on rank 0 only; the other ranks have none and do nothing.
     """
 
@@ -81,6 +82,8 @@ class MetricsHook(Hook):
             "step_seconds": self._seconds / self._steps,
             "memory_peak_bytes": self._memory_peak_bytes(),
         }
+        if result.batch.on_policy:
+            row["on_policy"] = 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             row["skipped"] = 1  # the strategy has left the weights alone
         return row

@@ -78,8 +78,9 @@ class OnPolicyData:
         return replace(
             planned,
             micro_batches=tuple(Batch.of([documents[i] for i in row[self.world.rank]]) for row in rows),
-            num_tokens=sum(map(len, said)),
+            num_tokens=max(1, sum(map(len, said))),  # sums are divided by it, of nothing too
             num_input_tokens=int(lengths.sum()),
+            on_policy=True,
         )
 
 
