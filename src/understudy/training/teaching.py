@@ -16,6 +16,8 @@ from understudy.errors import UserError
 from understudy.models.adapters.switching import without_adapter
 from understudy.models.head import LossHead
 from understudy.models.language_model import LanguageModel
+from understudy.objectives.teachers.aligned_documents import AlignedDocuments
+from understudy.objectives.teachers.aligned_teacher import AlignedTeacher
 from understudy.objectives.teachers.base_teacher import BaseTeacher
 from understudy.objectives.teachers.cache_reader import TeacherCache
 from understudy.objectives.teachers.cached_teacher import CachedTeacher
@@ -28,8 +30,10 @@ from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.teaching import hold, hold_sharded
+from understudy.training.aligning import align_teacher
 from understudy.training.job import TeacherPlace
-from understudy.training.teacher_cache import describe_cache, require_examples
+from understudy.training.on_policy import longest_answered
+from understudy.training.teacher_cache import Examples, describe_cache, require_examples
 from understudy.training.teacher_model import (
     TEACHER,
     OpenedTeacher,
@@ -38,6 +42,7 @@ from understudy.training.teacher_model import (
     open_teacher,
     teacher_dtype,
 )
+from understudy.training.teacher_server import find_server, make_server_teacher
 
 __all__ = ["find_teachers", "make_teaching"]
 
@@ -52,20 +57,33 @@ def find_teachers(
 ) -> tuple[TeacherPlace, ...]:
     """Where each of the recipe's teachers is; none for an objective without. Raises `UserError` at the recipe's line
     when there is no such teacher, when it does not read as the student does, when its positions are fewer than an
-    example of `data` has, and when its cache does not have all of `data`."""
+    example of `data` has, when its cache does not have all of `data`, and when its server does not answer."""
     objective = recipe.objective
     if not isinstance(objective, Distillation):
         return ()
     longest = max(int(cache.lengths.max()) for cache in data)
+    if objective.on_policy_fraction:
+        longest = longest_answered(recipe, student.document_limit)
     places = []
-    for section in objective.teachers:
+    several = isinstance(objective.teacher, sections.SeveralTeachers)
+    for i, section in enumerate(objective.teachers):
+        if isinstance(section, sections.ServerTeacher):
+            key = f"{TEACHER}.teachers.{i}" if several else TEACHER
+            with sources.placing(key):
+                places.append(find_server(section, student_tokenizer, data, key, report))
+            continue
         if isinstance(section, sections.BaseTeacher):
             places.append(TeacherPlace(None, None, student.config.get_text_config().vocab_size))
             continue
-        assert isinstance(section, sections.LocalTeacher), "servers come later"
+        assert isinstance(section, sections.LocalTeacher), "what is left"
         with sources.placing(TEACHER):
             _require_device(section, recipe)
             opened = open_teacher(find_directory(section, report), teacher_dtype(recipe, section))
+            if objective.divergence == "uld":
+                vocabulary = student.config.get_text_config().vocab_size
+                place = align_teacher(recipe, sources, section, opened, student_tokenizer, vocabulary, data, report)
+                places.append(place)
+                continue
             shared = judge_teacher(opened, section.path, student_tokenizer, longest)
         cache = None
         if isinstance(section, sections.CachedTeacher):
@@ -95,19 +113,25 @@ def make_teaching(
     strategy: Strategy,
     device: torch.device,
     world: World,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Teaching | None:
     """Who teaches in this process; None for an objective without a teacher. `student` is the module that `strategy`
-    trains. A collective."""
+    trains; `say` is told of a teacher that does not answer for a while. A collective."""
     objective = recipe.objective
     if not isinstance(objective, Distillation):
         return None
-    made = [
-        Teaching(_teacher(recipe, section, place, student, strategy, device, world), place.shared_classes)
-        for section, place in zip(objective.teachers, places, strict=True)
-    ]
+    made = []
+    for section, place in zip(objective.teachers, places, strict=True):
+        if isinstance(section, sections.ServerTeacher):
+            server = make_server_teacher(section, place, world.rank, say)
+            made.append(Teaching(server, place.shared_classes, server.ask))
+        else:
+            teacher = _teacher(recipe, section, place, student, strategy, device, world)
+            made.append(Teaching(teacher, place.shared_classes))
     if not isinstance(objective.teacher, sections.SeveralTeachers):
         return made[0]
-    return Teaching(SeveralTeachers(tuple(zip(objective.teacher.shares, made))), None)
+    together = SeveralTeachers(tuple(zip(objective.teacher.shares, made)))
+    return Teaching(together, None, together.ask if any(each.ask for each in made) else None)
 
 
 def _teacher(
@@ -121,7 +145,7 @@ def _teacher(
 ) -> Teacher:
     if isinstance(section, sections.BaseTeacher):
         return BaseTeacher(strategy.hidden, partial(without_adapter, student), student.head)
-    assert isinstance(section, sections.LocalTeacher), "servers come later"
+    assert isinstance(section, sections.LocalTeacher), "servers are no part of this process"
     assert place.directory is not None, "the parent found it"
     dtype = teacher_dtype(recipe, section)
     opened = open_teacher(place.directory, dtype)
@@ -130,13 +154,22 @@ def _teacher(
         return CachedTeacher(TeacherCache.open(place.cache), _head(section, opened, device, dtype))
     if isinstance(section, sections.ShardedTeacher):
         hold_sharded(opened.model, opened.read, device, dtype, world)
-        return ModelTeacher(opened.model, opened.model.head, device)
+        return _reading(ModelTeacher(opened.model, opened.model.head, device), place, device)
     assert isinstance(section, sections.ResidentTeacher), "what is left"
     placed = _placed(section, device, world)
     hold(opened.model, opened.read, placed, dtype)
     head = opened.model.head
     # Hidden states go from device to device, not logits, so the head is where they are wanted.
-    return ModelTeacher(opened.model, head if placed == device else deepcopy(head).to(device), placed)
+    head = head if placed == device else deepcopy(head).to(device)
+    return _reading(ModelTeacher(opened.model, head, placed), place, device)
+
+
+def _reading(teacher: ModelTeacher, place: TeacherPlace, device: torch.device) -> Teacher:
+    """`teacher`, with its own tokenizer where that is another."""
+    if place.alignment is None:
+        return teacher
+    examples = Examples(tuple(map(TokenCache.open, place.examples)))
+    return AlignedTeacher(teacher, AlignedDocuments(place.alignment), lambda number: examples[number][0], device)
 
 
 def _placed(section: sections.ResidentTeacher, device: torch.device, world: World) -> torch.device:

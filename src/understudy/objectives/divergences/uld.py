@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from understudy.objectives.divergences import total_variation
@@ -91,11 +90,13 @@ def distance(teacher: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
     `teacher` [n, Vt] and `student` [n, Vs] are probabilities, fp32 or fp64. Gives [n] and the derivative [n, Vs] with
     respect to `student`, which each class gets by its place in the order. The paper's sum has no factor ½.
     """
-    p = teacher.sort(dim=1, descending=True).values
-    q, order = student.sort(dim=1, descending=True, stable=True)
-    shared, width = min(p.shape[1], q.shape[1]), q.shape[1]
-    # What p has beyond the student's classes meets zeros that have no gradient.
-    beyond = p[:, shared:].sum(dim=1)
-    gap = q.sub_(F.pad(p[:, :shared], (0, width - shared)))
-    value = 0.5 * (gap.abs().sum(dim=1) + beyond)
-    return value, torch.empty_like(student).scatter_(1, order, gap.sign_().mul_(0.5))
+    shared = min(teacher.shape[1], student.shape[1])
+    p, order = teacher.topk(shared, dim=1)
+    # What either has beyond the other's classes meets zeros. It is summed, not one minus the rest: it may be tiny.
+    beyond = teacher.scatter(1, order, 0.0).sum(dim=1)
+    q, order = student.topk(shared, dim=1)
+    slope = student.scatter(1, order, 0.0)
+    beyond.add_(slope.sum(dim=1))
+    gap = q.sub_(p)
+    value = gap.abs().sum(dim=1).add_(beyond).mul_(0.5)
+    return value, slope.sign_().scatter_(1, order, gap.sign_()).mul_(0.5)

@@ -40,6 +40,7 @@ __all__ = [
     "example_keys",
     "file_digest",
     "note_name",
+    "place_of_key",
     "read_description",
     "shard_name",
     "sortable",
@@ -158,6 +159,13 @@ def example_keys(examples: Iterable[tuple[Positions, Positions]]) -> ExampleKeys
 def sortable(keys: npt.NDArray[np.uint8]) -> npt.NDArray[np.bytes_]:
     """Keys [E, 16] as [E] strings of sixteen bytes, which numpy compares as the bytes they are."""
     return np.ascontiguousarray(keys).view(f"S{KEY_BYTES}").reshape(-1)
+
+
+def place_of_key(keys: npt.NDArray[np.bytes_], key: bytes) -> int | None:
+    """Where `key` is among ascending `keys` as `sortable` gives them; None where it is not."""
+    wanted = np.frombuffer(key, f"S{KEY_BYTES}")[0]
+    place = int(np.searchsorted(keys, wanted))
+    return place if place < len(keys) and keys[place] == wanted else None
 
 
 def shard_name(shard: int) -> str:

@@ -17,12 +17,12 @@ from understudy.objectives.teachers.cache_contents import Rows
 from understudy.objectives.teachers.cache_format import (
     BUILD_COMMAND,
     INDEX,
-    KEY_BYTES,
     MARKER,
     CacheDescription,
     Positions,
     example_key,
     file_digest,
+    place_of_key,
     read_description,
     shard_name,
     sortable,
@@ -129,11 +129,8 @@ class CommittedPart:
 
     def find(self, key: bytes) -> tuple[int, int] | None:
         """The shard that holds the example, and which of the shard's examples it is, from 0."""
-        wanted = np.frombuffer(key, f"S{KEY_BYTES}")
-        at = int(np.searchsorted(self.keys, wanted)[0])
-        if at == len(self.keys) or self.keys[at] != wanted[0]:
-            return None
-        return int(self._shard[at]), int(self._row[at])
+        place = place_of_key(self.keys, key)
+        return None if place is None else (int(self._shard[place]), int(self._row[place]))
 
     def rows(self, shard: int, row: int) -> dict[str, Tensor]:
         """The stored tensors' rows of one example, views of the mapped file."""
