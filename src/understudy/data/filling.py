@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from understudy.data.builder import CacheWriter
-from understudy.data.column_names import check_columns, rename
 from understudy.data.example_set import ExampleSet
-from understudy.data.formats.registry import recognise
 from understudy.data.progress import TokenisingProgress
-from understudy.data.row import Row
+from understudy.data.row_chunks import row_chunks
 from understudy.data.statistics import SetStatistics
 from understudy.data.tokenisation import TokeniserSettings
 from understudy.data.tokenizer_settings import tokeniser_settings
 from understudy.data.vocabulary import check_vocabulary, tokenizer_key
-from understudy.data.workers import RowChunk, tokenise_chunks
+from understudy.data.workers import tokenise_chunks
 from understudy.errors import UserError
-from understudy.recipe.schema import DataSource, Recipe
+from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
 __all__ = ["Filling"]
 
-_ROWS_PER_CHUNK = 256
 _MOST_WORKERS = 32
 """Beyond, the one process that reads is the slowest."""
 
@@ -51,7 +47,9 @@ class Filling:
         sizes = [rows.size() for rows in wanted.found]
         total = None if None in sizes else sum(size for size in sizes if size is not None)
         with TokenisingProgress(wanted.title, total, self.report) as progress:
-            chunks = self._chunks(wanted, statistics, progress.read)
+            chunks = row_chunks(
+                wanted, self.source_map, self.report, begin_source=statistics.begin_source, consumed=progress.read
+            )
             for tokenised in tokenise_chunks(chunks, settings, self._workers()):
                 statistics.add(tokenised)
                 self._check_vocabulary(settings, statistics.max_token_id)
@@ -76,33 +74,6 @@ class Filling:
             tokenizer=settings.vocabulary,
             max_token_id=max_token_id,
         )
-
-    def _chunks(
-        self, wanted: ExampleSet, statistics: SetStatistics, consumed: Callable[[int], None]
-    ) -> Iterator[RowChunk]:
-        for number, (source, available) in enumerate(zip(wanted.sources, wanted.found)):
-            rows = available.rows(consumed)
-            first = next(rows, None)
-            if first is None:
-                raise self.source_map.error(f"{wanted.key}.{number}.path", f"{source.path} holds no rows.")
-            format_name = self._format(source, first, f"{wanted.key}.{number}")
-            statistics.begin_source(number, format_name)
-            rows = itertools.chain([first], rows)
-            while chunk := list(itertools.islice(rows, _ROWS_PER_CHUNK)):
-                if taken := wanted.share.of(chunk, number):
-                    yield RowChunk(taken, format_name, source.columns, number)
-
-    def _format(self, source: DataSource, first: Row, key: str) -> str:
-        if source.format != "auto":
-            return source.format
-        columns = first.columns()
-        try:
-            known = recognise(rename(columns, source.columns))
-        except UserError as error:
-            raise first.error(error.message) from error
-        check_columns(known, source.columns, key, self.source_map)
-        self.report(f"{source.path}: recognised the format {known.name} from the columns {', '.join(columns)}.")
-        return known.name
 
     def _workers(self) -> int:
         wanted = self.recipe.data.num_workers

@@ -24,7 +24,7 @@ from understudy.recipe.schema import DataSource, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.text_file import file_named
 
-__all__ = ["PreparedData", "find_sources", "prepare_data", "prepare_evaluation_data"]
+__all__ = ["PreparedData", "find_sources", "found_set", "prepare_data", "prepare_evaluation_data"]
 
 Report = Callable[[str], None]
 
@@ -44,8 +44,15 @@ class PreparedData:
 def find_sources(recipe: Recipe, source_map: SourceMap, cache_dir: Path) -> None:
     """Raises `UserError` at the recipe's line of a source that is nowhere to be found. Imports no torch."""
     for wanted in filter(None, (training_set(recipe), evaluation_set(recipe))):
-        for number, source in enumerate(wanted.sources):
-            _find(source, f"{wanted.key}.{number}", source_map, cache_dir)
+        found_set(wanted, source_map, cache_dir)
+
+
+def found_set(wanted: ExampleSet, source_map: SourceMap, cache_dir: Path) -> ExampleSet:
+    """`wanted` with its sources' rows. Raises as `find_sources`."""
+    found = [
+        _find(source, f"{wanted.key}.{number}", source_map, cache_dir) for number, source in enumerate(wanted.sources)
+    ]
+    return replace(wanted, found=found)
 
 
 def prepare_data(
@@ -102,11 +109,7 @@ class _Preparation:
     report: Report
 
     def prepare(self, wanted: ExampleSet) -> TokenCache:
-        found = [
-            _find(source, f"{wanted.key}.{number}", self.source_map, self.cache_dir)
-            for number, source in enumerate(wanted.sources)
-        ]
-        wanted = replace(wanted, found=found)
+        wanted = found_set(wanted, self.source_map, self.cache_dir)
         entry = open_or_build(
             self.cache_dir / "tokens", self._key(wanted), lambda writer: self._fill(writer, wanted), self.report
         )

@@ -19,9 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from understudy.data.examples import Message
 from understudy.errors import UserError
 
-__all__ = ["ChatTemplate", "TemplateError"]
+__all__ = ["RENDERING_ERRORS", "ChatTemplate", "TemplateError"]
 
-_RENDERING_ERRORS = (
+RENDERING_ERRORS = (
     jinja2.TemplateError,
     ArithmeticError,
     AttributeError,
@@ -77,7 +77,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
-        except _RENDERING_ERRORS as error:
+        except RENDERING_ERRORS as error:
             words = str(error).strip() or type(error).__name__
             raise TemplateError(
                 f"the chat template fails on this conversation: {words}; change the conversation or the template."

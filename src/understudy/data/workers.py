@@ -7,35 +7,24 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import resource_tracker
 
 from understudy.data.cutting import Tokenised
-from understudy.data.row import Row
+from understudy.data.row_chunks import RowChunk
 from understudy.data.tokenisation import RowReader, Tokeniser, TokeniserSettings
 from understudy.errors import UnderstudyError
 
-__all__ = ["RowChunk", "tokenise_chunks"]
+__all__ = ["tokenise_chunks"]
 
 _FEW_CHUNKS = 16
 """So many are done in this process: starting others would take longer."""
 
 _tokeniser: Tokeniser
 """Of a worker process, set once by `_start_worker`."""
-
-
-@dataclass(frozen=True)
-class RowChunk:
-    """Rows of one source, and how they are read."""
-
-    rows: Sequence[Row]
-    format_name: str
-    columns: Mapping[str, str]
-    source: int
 
 
 def tokenise_chunks(chunks: Iterable[RowChunk], settings: TokeniserSettings, workers: int) -> Iterator[Tokenised]:
