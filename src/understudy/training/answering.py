@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
-__all__ = ["Answered", "Sampling", "answer_all", "answer_stream"]
+from understudy.training.generation import Chance, draw_tokens
+
+__all__ = ["Answered", "Sampling", "answer_all", "answer_stream", "batches"]
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoding gives for the first bytes of a character whose others are still to come."""
@@ -87,36 +92,40 @@ def answer_all(
     *,
     ends: frozenset[int],
     batch_tokens: int,
+    chance: Chance | None = None,
 ) -> Iterator[tuple[int, list[int]]]:
-    """Greedy continuations of at most `room` tokens: each prompt's index and its new tokens, the one that ended it
-    included, as they are done. A prompt without room gets none.
+    """Continuations of at most `room` tokens, the likeliest ones without `chance`: each prompt's index and its new
+    tokens, the one that ended it included, as they are done. A prompt without room gets none.
 
-    Prompts of like length run together, padded on the left, so many that a batch holds at most `batch_tokens` tokens.
+    Prompts run together as `batches` has them, padded on the left.
     """
     yield from ((i, []) for i in range(len(prompts)) if room[i] == 0)
-    for members in _batches(prompts, room, batch_tokens):
+    for members in batches([len(prompt) for prompt in prompts], room, batch_tokens):
         longest = max(len(prompts[i]) for i in members)
         padding = _padding(tokenizer, ends)
         rows = [[padding] * (longest - len(prompts[i])) + list(prompts[i]) for i in members]
         mask = [[0] * (longest - len(prompts[i])) + [1] * len(prompts[i]) for i in members]
+        drawing = [] if chance is None else [_Drawing(chance, members, longest, max(room[i] for i in members))]
         output = network.generate(
             torch.tensor(rows, device=network.device),
             attention_mask=torch.tensor(mask, device=network.device),
             eos_token_id=sorted(ends) or None,
             pad_token_id=padding,
+            logits_processor=LogitsProcessorList(drawing),
             **Sampling(max(room[i] for i in members)).arguments(),
         )
         for i, tokens in zip(members, output[:, longest:].tolist()):
             yield i, _cut(tokens[: room[i]], ends)
 
 
-def _batches(prompts: Sequence[Sequence[int]], room: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of prompts that run together, longest first, so that the largest batch is met at once."""
+def batches(lengths: Sequence[int], room: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of prompts of so many tokens that run together, as many of like length as have, with their answers, at
+    most `batch_tokens` tokens. The longest come first, so that the largest batch is met at once."""
     batch: list[int] = []
-    answerable = (i for i in range(len(prompts)) if room[i] > 0)
-    for i in sorted(answerable, key=lambda i: (-len(prompts[i]), -room[i], i)):
+    answerable = (i for i in range(len(lengths)) if room[i] > 0)
+    for i in sorted(answerable, key=lambda i: (-lengths[i], -room[i], i)):
         members = [*batch, i]
-        width = len(prompts[members[0]]) + max(room[j] for j in members)
+        width = lengths[members[0]] + max(room[j] for j in members)
         if batch and width * len(members) > batch_tokens:
             yield batch
             batch = [i]
@@ -124,6 +133,23 @@ def _batches(prompts: Sequence[Sequence[int]], room: Sequence[int], batch_tokens
             batch = members
     if batch:
         yield batch
+
+
+class _Drawing(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+    """Draws each text's token from numbers of its own and leaves `generate` no other choice: its own sampling draws for
+    a batch at once, so that an answer would depend on the texts beside it."""
+
+    def __init__(self, chance: Chance, members: Sequence[int], begin: int, count: int) -> None:
+        self._chance = chance
+        self._begin = begin
+        """Tokens before the first that is drawn."""
+        numbers = [np.random.default_rng(chance.seeds[i]).random(count) for i in members]
+        self._draws = torch.from_numpy(np.stack(numbers))
+
+    def __call__(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        draws = self._draws[:, tokens.shape[1] - self._begin]
+        chosen = draw_tokens(logits, self._chance.temperature, self._chance.top_p, draws)
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen.unsqueeze(1), 0.0)
 
 
 def _cut(tokens: list[int], ends: frozenset[int]) -> list[int]:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from understudy.checkpoint.reloading import UNLOADABLE, reload_adapter
+from understudy.data.template import RENDERING_ERRORS
 from understudy.devices.device import find_device
 from understudy.errors import UserError
 from understudy.models.adapters.directory import adapter_settings
@@ -27,11 +29,13 @@ __all__ = [
     "load_adapters",
     "load_located",
     "load_model",
+    "load_network",
+    "prompt_tokens",
     "quiet_transformers",
     "seed_sampling",
 ]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 _IN_FRONT = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING")
 """Kinds of adapters that put vectors in front of the text."""
 _PARTS_OF_RUNS = ("model", "checkpoints", "/")
@@ -58,21 +62,13 @@ class LoadedModel:
         return bool(self.tokenizer.chat_template)
 
     def prompt_of(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant's answer begins. Raises `UserError` without a chat
-        template, and when the template refuses the conversation."""
+        """As `prompt_tokens`; raises `UserError` without a chat template too."""
         if not self.has_chat_template:
             raise UserError(
                 f"{self.name} has no chat template, so it takes no conversations; "
                 "complete a text with `understudy generate --raw`."
             )
-        try:
-            tokens: list[int] = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, return_dict=False
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise UserError(f"the chat template of {self.name} refuses the roles {roles}: {error}") from error
-        return tokens
+        return prompt_tokens(self.tokenizer, self.name, messages)
 
     def answer(self, tokens: Sequence[int], sampling: Sampling, on_text: Callable[[str], None]) -> Answered:
         """Continues `tokens`, handing out text as it forms. Raises `UserError` when they leave the model no room."""
@@ -135,7 +131,7 @@ def load_model(named: str, report: Callable[[str], None] = lambda line: None, ba
 
 def load_located(found: NamedModel) -> LoadedModel:
     """`load_model` of what was found already."""
-    network = _network(found.weights)
+    network = load_network(found.weights, find_device().compute_dtypes[0])
     if found.adapter is not None:
         network = reload_adapter(network, found.adapter)
     return _loaded(found, network.to(find_device().torch_device(0)).eval())
@@ -153,7 +149,7 @@ def load_adapters(
     names = _short_names(adapters)
     found = [locate_model(adapter, report, named) for adapter in adapters]
     _require_shared_base(found)
-    network = _network(found[0].weights)
+    network = load_network(found[0].weights, find_device().compute_dtypes[0])
     keys = [f"adapter{i}" for i in range(len(found))]
     for place, key in zip(found, keys):
         assert place.adapter is not None, "a whole model has no base"
@@ -162,11 +158,11 @@ def load_adapters(
     return [replace(_loaded(place, network), name=name, adapter=key) for place, name, key in zip(found, names, keys)]
 
 
-def _network(directory: Path) -> Any:
+def load_network(directory: Path, dtype: torch.dtype) -> Any:
+    """The transformers model in `directory`, whole, without sampling habits of its own. Raises `UserError` when it
+    cannot be loaded."""
     try:
-        network, loading = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=find_device().compute_dtypes[0], output_loading_info=True
-        )
+        network, loading = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except UNLOADABLE as error:
         raise _unloadable(directory, error) from error
     if loading["missing_keys"]:
@@ -223,6 +219,22 @@ def _require_shared_base(found: Sequence[NamedModel]) -> None:
                 f"{first.name} is an adapter of the kind {kinds[0].lower()} and {other.name} of the kind "
                 f"{kinds[1].lower()}, which cannot share a base in memory; ask each alone."
             )
+
+
+def prompt_tokens(
+    tokenizer: Any, name: str, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None = None
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant's answer begins, in the chat template of `tokenizer`, which
+    belongs to `name`. Raises `UserError` when the template refuses the conversation."""
+    try:
+        tokens: list[int] = tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=True, return_dict=False
+        )
+    except RENDERING_ERRORS as error:
+        roles = ", ".join(message["role"] for message in messages)
+        words = str(error).strip() or type(error).__name__
+        raise UserError(f"the chat template of {name} refuses the roles {roles}: {words}") from error
+    return tokens
 
 
 def end_tokens(tokenizer: Any, directory: Path) -> frozenset[int]:
