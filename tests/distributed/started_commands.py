@@ -14,7 +14,7 @@ from pathlib import Path
 
 from understudy.cli.main import exit_status
 
-PRELOADED = ["understudy.training.prepare", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["understudy.training.teacher_answers", "transformers.models.llama.modeling_llama"]
 DEADLINE_SECONDS = 60.0
 
 
