@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from understudy.data.cache import TokenCache
-from understudy.data.prepare import prepare_data
+from understudy.data.prepare import prepare_data, prepare_evaluation_data
 from understudy.errors import UserError
 from understudy.models.made_once import made_once
 from understudy.models.source import tokenizer_directory
@@ -52,11 +52,12 @@ def align_teacher(
     opened: OpenedTeacher,
     student_tokenizer: Any,
     student_vocabulary: int,
-    data: Sequence[TokenCache],
+    train: TokenCache | None,
+    evaluation: TokenCache | None,
     report: Callable[[str], None],
 ) -> TeacherPlace:
-    """Where the teacher is and its reading of `data`, the student's training and evaluation examples. The student has
-    `student_vocabulary` classes. `report` gets a line about how much of both is the same.
+    """Where the teacher is, and its reading of the student's examples. The student has `student_vocabulary` classes.
+    `report` gets a line about how much of both is the same.
 
     Raises `UserError` when the teacher cannot read the data, has fewer positions than it takes, or reads next to
     nothing of it as the student does.
@@ -64,7 +65,9 @@ def align_teacher(
     directory = tokenizer_directory(Model(path=str(opened.directory)))
     tokenizer = load_tokenizer(directory)
     vocabulary = opened.model.config.get_text_config().vocab_size
-    read = _own_reading(recipe, sources, section, opened.directory, directory, vocabulary, report)
+    data = [cache for cache in (train, evaluation) if cache is not None]
+    read = _own_reading(recipe, sources, section, opened, directory, train is not None, report)
+    assert len(read) == len(data), "the recipe says what there is"
     require_positions(opened, max(int(cache.lengths.max()) for cache in read))
     digests = [cache.digest for cache in (*data, *read)]
     named = hashlib.sha256(json.dumps([FORMAT_VERSION, digests, student_vocabulary, vocabulary]).encode()).hexdigest()
@@ -92,23 +95,27 @@ def _own_reading(
     recipe: Recipe,
     sources: SourceMap,
     section: LocalTeacher,
-    model: Path,
+    opened: OpenedTeacher,
     tokenizer: Path,
-    vocabulary: int,
+    training: bool,
     report: Callable[[str], None],
 ) -> list[TokenCache]:
-    """The recipe's examples with the teacher's tokenizer and its own chat template."""
+    """The recipe's examples, those for `training` too or for evaluation alone, with the teacher's tokenizer and its own
+    chat template."""
     data = recipe.data.model_copy(update={"chat_template": None})
-    own = recipe.model_copy(update={"model": Model(path=str(model)), "data": data})
+    own = recipe.model_copy(update={"model": Model(path=str(opened.directory)), "data": data})
+    settings: dict[str, Any] = {
+        "tokenizer_dir": tokenizer,
+        "vocab_size": opened.model.config.get_text_config().vocab_size,
+        "cache_dir": cache_directory(),
+        "report": lambda line: report(f"as the teacher {section.path} reads it: {line}"),
+    }
     try:
-        prepared = prepare_data(
-            own,
-            sources,
-            tokenizer_dir=tokenizer,
-            vocab_size=vocabulary,
-            cache_dir=cache_directory(),
-            report=lambda line: report(f"as the teacher {section.path} reads it: {line}"),
-        )
+        if not training:
+            evaluation = prepare_evaluation_data(own, sources, **settings)
+            return [] if evaluation is None else [evaluation]
+        prepared = prepare_data(own, sources, **settings)
+        return [TokenCache.open(path) for path in (prepared.train, prepared.evaluation) if path is not None]
     except UserError as error:
         if error.file is not None and Path(error.file).is_relative_to(cache_directory()):
             raise
@@ -120,7 +127,6 @@ def _own_reading(
             file=error.file if in_data else None,
             line=error.line if in_data else None,
         ) from error
-    return [TokenCache.open(path) for path in (prepared.train, prepared.evaluation) if path is not None]
 
 
 def _aligned(

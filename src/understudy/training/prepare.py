@@ -98,7 +98,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     evaluation = None if data.evaluation is None else TokenCache.open(data.evaluation)
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
     read_by = _read_companions(recipe, sources, directory, tokenizer, train, adapter)
-    teachers = find_teachers(recipe, sources, model, read_by, [train, *([evaluation] if evaluation else [])], report)
+    teachers = find_teachers(recipe, sources, model, read_by, train, evaluation, report)
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
         job=Job(

@@ -159,7 +159,7 @@ def _teachers(
         return ()
     student = adapted_model(recipe, weights, found.adapter).model
     tokenizer = load_tokenizer(found.tokenizer, recipe.data.chat_template)
-    return find_teachers(recipe, sources, student, tokenizer, [cache], report)
+    return find_teachers(recipe, sources, student, tokenizer, None, cache, report)
 
 
 def _grown(found: NamedModel) -> Path:

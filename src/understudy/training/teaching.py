@@ -52,15 +52,18 @@ def find_teachers(
     sources: SourceMap,
     student: LanguageModel,
     student_tokenizer: Any,
-    data: Sequence[TokenCache],
+    train: TokenCache | None,
+    evaluation: TokenCache | None,
     report: Callable[[str], None],
 ) -> tuple[TeacherPlace, ...]:
-    """Where each of the recipe's teachers is; none for an objective without. Raises `UserError` at the recipe's line
-    when there is no such teacher, when it does not read as the student does, when its positions are fewer than an
-    example of `data` has, when its cache does not have all of `data`, and when its server does not answer."""
+    """Where each of the recipe's teachers is, who are to be asked about examples of `train` and `evaluation`; none for
+    an objective without. Raises `UserError` at the recipe's line when there is no such teacher, when it does not read
+    as the student does, when its positions are fewer than an example has, when its cache does not have all of them, and
+    when its server does not answer."""
     objective = recipe.objective
     if not isinstance(objective, Distillation):
         return ()
+    data = [cache for cache in (train, evaluation) if cache is not None]
     longest = max(int(cache.lengths.max()) for cache in data)
     if objective.on_policy_fraction:
         longest = longest_answered(recipe, student.document_limit)
@@ -81,8 +84,10 @@ def find_teachers(
             opened = open_teacher(find_directory(section, report), teacher_dtype(recipe, section))
             if objective.divergence == "uld":
                 vocabulary = student.config.get_text_config().vocab_size
-                place = align_teacher(recipe, sources, section, opened, student_tokenizer, vocabulary, data, report)
-                places.append(place)
+                aligned = align_teacher(
+                    recipe, sources, section, opened, student_tokenizer, vocabulary, train, evaluation, report
+                )
+                places.append(aligned)
                 continue
             shared = judge_teacher(opened, section.path, student_tokenizer, longest)
         cache = None
