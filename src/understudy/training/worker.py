@@ -36,6 +36,7 @@ from understudy.recipe.schema import Recipe
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import Adapted
+from understudy.training.asking import AskedData, Asking, make_asking
 from understudy.training.checkpoint_setup import make_checkpoint_hook, restore, run_model
 from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
@@ -47,6 +48,7 @@ from understudy.training.hooks import Hook, HookList, interval_steps
 from understudy.training.job import Job, read_job
 from understudy.training.loop import train
 from understudy.training.metrics import MetricsHook
+from understudy.training.on_policy import with_own_answers
 from understudy.training.seeding import SeedHook
 from understudy.training.sinks.registry import RunFacts, Sink, make_sinks
 from understudy.training.stopping import StopHook, StopRequest
@@ -131,10 +133,11 @@ def _train_and_save(
     cache = TokenCache.open(job.train)
     companions = make_companions(job.model_directory, recipe.model, tokenizer, cache, job.adapter_directory)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
-    teaching = make_teaching(recipe, job.teachers, model, strategy, torch_device, world)
+    teaching = make_teaching(recipe, job.teachers, model, strategy, torch_device, world, console.say)
+    asking = make_asking(teaching, stop)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
-        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching)
+        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching, asking)
         hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)
         if job.checkpoints:
             hook = make_checkpoint_hook(
@@ -154,10 +157,19 @@ def _train_and_save(
         else:
             hooks.append(StopHook(stop))
         device.reset_memory_peak()
+        steps = with_own_answers(
+            recipe,
+            data,
+            cache,
+            strategy,
+            stops=companions.stops,
+            document_limit=model.document_limit,
+            world=world,
+        )
         train(
             state,
             total_steps=data.total_steps,
-            data=data,
+            data=steps if asking is None else AskedData(steps, asking, data.total_steps),
             strategy=strategy,
             objective=make_objective(recipe.objective, teaching),
             schedule=make_schedule(
@@ -222,6 +234,7 @@ def _evaluation(
     total_steps: int,
     sinks: Sequence[Sink],
     teaching: Teaching | None,
+    asking: Asking | None,
 ) -> EvaluationHook | None:
     if job.evaluation is None:
         return None
@@ -238,6 +251,7 @@ def _evaluation(
         max_length=recipe.data.max_length,
         max_batches=recipe.evaluation.max_batches,
         samples=recipe.evaluation.samples,
+        asking=asking,
     )
     return EvaluationHook(evaluator, interval_steps(recipe.evaluation.every, total_steps), sinks)
 

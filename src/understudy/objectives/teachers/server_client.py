@@ -134,7 +134,8 @@ class ServerClient:
             else:
                 self._answered(endpoint)
                 return answer
-        raise LostServerError("; ".join(f"{address} {what}" for address, what in failures.items()))
+        attempts = "1 attempt" if self._retries == 0 else f"{self._retries + 1} attempts"
+        raise LostServerError("; ".join(f"{address} {what}" for address, what in failures.items()) + f" ({attempts})")
 
     def _next(self, attempt: int) -> Endpoint:
         """The next in turn that is well, at once; where none is, the one that failed least lately, after a wait."""
