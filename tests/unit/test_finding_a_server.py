@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ cluster: {processes: 1}
 """
 SIZES = {
     "model_type": "llama",
-    "vocab_size": 320,
+    "vocab_size": 300,
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
@@ -96,7 +97,7 @@ def test_a_server_that_answers_is_found(server: TeacherServer, capsys: pytest.Ca
     (longest,) = server.prompts
     assert len(longest) > 20, "it was asked about the example that asks most of it"
     (found,) = read_job(Path("out/run/job.json")).teachers
-    assert found == TeacherPlace(None, None, found.shared_classes, endpoints=(server.address,), classes=320)
+    assert found == TeacherPlace(None, None, found.shared_classes, endpoints=(server.address,), classes=300)
     assert found.shared_classes == 300
 
 
@@ -151,6 +152,17 @@ def test_what_would_fail_later_is_refused_now(
     assert errors.count("\n") == 1
     assert said in errors
     assert not Path("out").exists()
+
+
+def test_a_trained_model_is_held_to_its_teacher(server: TeacherServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here to itself."""
+    recipe = RECIPE.replace("ADDRESS", server.address) + "evaluation: {samples: 0}\n"
+    Path("r.yaml").write_text(recipe.replace("  max_length: 64\n", "  eval: [{path: rows.jsonl}]\n  max_length: 64\n"))
+    assert exit_status(["evaluate", "model", "r.yaml", "--json", "training.precision=fp32"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["divergence"] == pytest.approx(0.0, abs=1e-6)
+    assert scores["teacher_agreement"] == 1.0
+    assert len(server.prompts) == 1 + 8
 
 
 def test_a_teacher_with_another_tokenizer_is_refused_before_its_server_is_asked(

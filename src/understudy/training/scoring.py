@@ -34,10 +34,12 @@ from understudy.recipe.teachers import BaseTeacher
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import adapted_model
 from understudy.training.answering import answer_all
+from understudy.training.asking import make_asking
 from understudy.training.inference import load_located, quiet_transformers
 from understudy.training.job import TeacherPlace
 from understudy.training.metrics import evaluation_metrics
 from understudy.training.named_model import NamedModel, locate_model
+from understudy.training.stopping import StopRequest
 from understudy.training.teaching import find_teachers, make_teaching
 
 __all__ = ["Progress", "Scores", "rouge_l", "score_model"]
@@ -207,8 +209,10 @@ def _loss(
             # A strategy owns an optimizer; this one holds no state until it steps.
             strategy.build(lambda: adapted.model, lambda named: torch.optim.SGD([weight for _, weight in named]))
             strategy.load_state(adapted.read)
-            progress.begin("evaluating micro-batches", len(batches))
             teaching = make_teaching(recipe, teachers, adapted.model, strategy, torch_device, world)
+            if (asking := make_asking(teaching, StopRequest())) is not None:
+                batches = asking.answered(batches)
+            progress.begin("evaluating micro-batches", len(batches))
             total = strategy.evaluate(batches, _Watched(make_objective(recipe.objective, teaching), progress))
     metrics = evaluation_metrics(total)
     return Scores(
