@@ -190,8 +190,8 @@ class _StateOnly:
     def optimizer_layout(self) -> Mapping[str, TensorSpec]:
         return _layout(_optimizer_state(self.step))
 
-    def state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
-        return iter(_weights(self.step).items())
+    def state(self, owner: Callable[[str], int | None]) -> Iterator[tuple[str, Tensor]]:
+        return ((name, tensor) for name, tensor in _weights(self.step).items() if owner(name) is not None)
 
     def optimizer_state(self, owner: Callable[[str], int]) -> Iterator[tuple[str, Tensor]]:
         return iter(_optimizer_state(self.step).items())

@@ -18,6 +18,8 @@ __all__ = [
     "Batch",
     "GlobalBatch",
     "HeldBytes",
+    "HiddenStates",
+    "LayerLoss",
     "LazyTensor",
     "LossScale",
     "LossSum",
@@ -117,13 +119,37 @@ class TokenLoss(Protocol):
         ...
 
 
+class LayerLoss(Protocol):
+    """A loss of what decoder layers put out at the supervised positions, a chunk at a time, gradient included."""
+
+    weight: float
+    """Factor on it in the whole loss."""
+    layers: Sequence[int]
+    """The student's layer of each term; one may be in several."""
+
+    def __call__(self, term: int, outputs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """The sum over rows, a scalar, and its gradient [n, H] with respect to `outputs`: [n, H] fp32 at supervised
+        positions `rows`, mapped to the width of what they are compared with. Leaves them as they are."""
+        ...
+
+
+class HiddenStates(NamedTuple):
+    """At n positions, in the compute dtype."""
+
+    last: Tensor
+    """[n, H], what the head takes."""
+    layers: tuple[Tensor, ...]
+    """[n, H] each: what decoder layers that were asked for put out, in that order."""
+
+
 class Objective(Protocol):
     def prepare(self, batch: Batch) -> Batch:
         """Adds what a teacher supplies. Runs without gradient, on the batch's device."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSum:
-        """Runs `model(batch, token_loss)` and returns sums; `model` may be wrapped by a strategy."""
+        """Runs `model(batch, token_loss)`, with a `layer_loss` where it has one, and returns sums; a strategy may have
+        wrapped `model`."""
         ...
 
 
@@ -222,8 +248,8 @@ class Strategy(Protocol):
         """Sums over all ranks, without gradient, module in eval mode."""
         ...
 
-    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
-        """As `logits`: final hidden states [len(at), H], in the compute dtype."""
+    def hidden(self, batch: Batch, at: Tensor, layers: Sequence[int] = ()) -> HiddenStates:
+        """As `logits`: hidden states at `at`, those of decoder layers `layers` too."""
         ...
 
     def logits(self, batch: Batch, at: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Protocol
 from torch import Tensor
 
 from understudy.contracts import TensorSpec
+from understudy.models.names import is_beside_model
 
-__all__ = ["OPTIMIZER_STATE", "WHOLE_MODEL", "Form", "WholeModel"]
+__all__ = ["OPTIMIZER_STATE", "WHOLE_MODEL", "Everything", "Form", "WholeModel"]
 
 
 class Form(Protocol):
@@ -43,8 +44,8 @@ class Form(Protocol):
         ...
 
 
-class WholeModel:
-    """All weights, under their own names."""
+class Everything:
+    """All there is, under its own names."""
 
     spread = True
     keeps_buffers = True
@@ -62,5 +63,12 @@ class WholeModel:
         return [(name, tensor)]
 
 
+class WholeModel(Everything):
+    """All weights of the model, and nothing that trains beside it."""
+
+    def keeps(self, name: str) -> bool:
+        return not is_beside_model(name)
+
+
 WHOLE_MODEL = WholeModel("model")
-OPTIMIZER_STATE = WholeModel("optimizer")
+OPTIMIZER_STATE = Everything("optimizer")

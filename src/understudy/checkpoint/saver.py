@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from shutil import disk_usage
 from threading import Thread
@@ -74,7 +75,10 @@ class CheckpointSaver:
                 file=store.directory,
             )
         weights: Tensors = self._strategy.state(plan.model.owner)
-        optimizer_state: Tensors = self._strategy.optimizer_state(plan.optimizer.owners.__getitem__)
+        optimizer_state: Tensors = chain(
+            self._strategy.optimizer_state(plan.optimizer.owners.__getitem__),
+            self._strategy.state(plan.optimizer.owner),  # of what trains beside the model
+        )
         if not self._settings.background:
             self._write(plan, partial, progress, weights, optimizer_state)
             dist.barrier()

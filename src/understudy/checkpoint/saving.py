@@ -20,6 +20,7 @@ from understudy.checkpoint.shards import Shards
 from understudy.checkpoint.store import CheckpointStore
 from understudy.contracts import Strategy
 from understudy.errors import UnderstudyError, UserError, is_full_disk
+from understudy.models.names import is_beside_model
 
 __all__ = ["CheckpointPlan", "Tensors", "commit_checkpoint", "full_disk", "write_part"]
 
@@ -39,13 +40,16 @@ class CheckpointPlan:
     model: Shards
     """Master weights, in their own dtype."""
     optimizer: Shards
+    """Optimizer state, and the weights that train beside the model."""
 
     @staticmethod
     def of(strategy: Strategy, form: Form, world_size: int) -> CheckpointPlan:
         """Known without asking other ranks: layouts are the same on each."""
+        weights = strategy.layout()
+        beside = {name: spec for name, spec in weights.items() if is_beside_model(name)}
         return CheckpointPlan(
-            Shards.of(form, strategy.layout(), world_size),
-            Shards.of(OPTIMIZER_STATE, strategy.optimizer_layout(), world_size),
+            Shards.of(form, weights, world_size),
+            Shards.of(OPTIMIZER_STATE, {**strategy.optimizer_layout(), **beside}, world_size),
         )
 
     @property

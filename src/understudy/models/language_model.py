@@ -5,7 +5,7 @@ Shape letters: T tokens, H hidden width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-from understudy.contracts import IGNORED, Batch, LossSum, TokenLoss
+from understudy.contracts import IGNORED, Batch, HiddenStates, LayerLoss, LossSum, TokenLoss
 from understudy.devices.attention import Documents
 from understudy.errors import UserError
 from understudy.models.attention import isolating_documents
 from understudy.models.decoding import Decoding
 from understudy.models.head import LossHead
+from understudy.models.layer_maps import LayerMaps
+from understudy.models.layer_outputs import collecting_outputs
 from understudy.models.prompted import Prompted
 
 __all__ = ["LanguageModel"]
@@ -33,6 +35,8 @@ class LanguageModel(nn.Module):
     network: PreTrainedModel
     prompt_embeddings: nn.Parameter | None
     """[P, H], in front of every document, where prompt tuning learns them."""
+    distillation: LayerMaps | None
+    """What is learned beside the model where hidden states are held to a teacher's."""
 
     def __init__(self, network: PreTrainedModel, document_limit: int | None) -> None:
         """`document_limit`: most tokens of one document, where positions beyond it do not exist or change the meaning
@@ -41,6 +45,7 @@ class LanguageModel(nn.Module):
         self.network = network
         self.document_limit = document_limit
         self.register_parameter("prompt_embeddings", None)
+        self.register_module("distillation", None)
 
     def forward(
         self,
@@ -49,25 +54,34 @@ class LanguageModel(nn.Module):
         logits_at: Tensor | None = None,
         hidden_at: Tensor | None = None,
         texts: Decoding | None = None,
-    ) -> LossSum | Tensor:
-        """With `token_loss`: its sum over the supervised positions of `batch`. With `logits_at` [n] int64 instead: fp32
-        logits [n, V] at those tokens. With `hidden_at` [n] int64: final hidden states [n, H], what the head takes. With
-        `texts`, without a batch: fp32 logits [B, V] of the next token of each."""
+        *,
+        layers: Sequence[int] = (),
+        layer_loss: LayerLoss | None = None,
+    ) -> LossSum | Tensor | HiddenStates:
+        """With `token_loss`: its sum over the supervised positions of `batch`; with `layer_loss` that of it too, at its
+        weight, and alone as the metric `hidden_states`. With `logits_at` [n] int64 instead: fp32 logits [n, V] at those
+        tokens. With `hidden_at` [n] int64: hidden states there, those of decoder layers `layers` too. With `texts`,
+        without a batch: fp32 logits [B, V] of the next token of each."""
         if texts is not None:
             return self.head.logits(texts.hidden(self.network, self.prompt_embeddings))
         assert batch is not None, "texts take its place"
-        hidden = self._hidden(batch)
         if hidden_at is not None:
-            return hidden.index_select(0, hidden_at)
+            last, outputs = self._hidden(batch, hidden_at, layers)
+            return HiddenStates(last, tuple(outputs[layer] for layer in layers))
         if token_loss is None:
             assert logits_at is not None, "one of the three says what to compute"
-            return self.head.logits(hidden.index_select(0, logits_at))
+            return self.head.logits(self._hidden(batch, logits_at)[0])
         supervised = (batch.labels != IGNORED).nonzero().squeeze(1)
-        loss, metrics = self.head(hidden.index_select(0, supervised), token_loss)
+        hidden, outputs = self._hidden(batch, supervised, () if layer_loss is None else layer_loss.layers)
+        loss, metrics = self.head(hidden, token_loss)
+        if layer_loss is not None:
+            assert self.distillation is not None, "it was put there before a strategy took the model"
+            apart = self.distillation(outputs, layer_loss)
+            loss, metrics = loss + layer_loss.weight * apart, {**metrics, "hidden_states": apart.detach()}
         return LossSum(loss, torch.tensor(len(supervised), device=loss.device), metrics)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, H]."""
+    def _hidden(self, batch: Batch, at: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Final hidden states [n, H] at tokens `at` [n], and what `layers` put out there, by number."""
         if self.prompt_embeddings is None:
             offsets, positions = batch.document_offsets, batch.positions
             words: dict[str, Tensor] = {"input_ids": batch.tokens.unsqueeze(0)}
@@ -82,12 +96,13 @@ class LanguageModel(nn.Module):
                 f"a document of {documents.longest} tokens is longer than the {self.document_limit} positions this "
                 f"model has; set data.max_length to at most {self.document_limit}."
             )
-        with isolating_documents():
+        rows = at if self.prompt_embeddings is None else prompted.rows.index_select(0, at)
+        wanted = dict(enumerate(self.decoder_layers())) if layers else {}
+        with isolating_documents(), collecting_outputs({layer: wanted[layer] for layer in layers}, rows) as outputs:
             output = self.network.base_model(
                 **words, position_ids=positions.unsqueeze(0), use_cache=False, documents=documents
             )
-        hidden: Tensor = output.last_hidden_state.squeeze(0)
-        return hidden if self.prompt_embeddings is None else hidden.index_select(0, prompted.rows)
+        return output.last_hidden_state.squeeze(0).index_select(0, rows), outputs
 
     @property
     def head(self) -> LossHead:
@@ -109,7 +124,8 @@ class LanguageModel(nn.Module):
     def decoder_layers(self) -> list[nn.Module]:
         """The repeated blocks, in order: units to shard, to compile and to checkpoint."""
         lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
-        sizes = [sum(parameter.numel() for parameter in layers.parameters()) for layers in lists]
+        # Of a parameter that ZeRO-3 partitioned, only its `ds_numel` tells how large it is.
+        sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in layers.parameters()) for layers in lists]
         return list(lists[sizes.index(max(sizes))])
 
     def enable_activation_checkpointing(self, kind: Literal["full", "selective"]) -> None:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from understudy.contracts import Batch, HeldBytes, LossSum, Objective
+from understudy.contracts import Batch, HeldBytes, HiddenStates, LossSum, Objective
 from understudy.models.decoding import Decoding
 from understudy.parallel.world import World
 from understudy.strategies.held import held_bytes
@@ -82,9 +82,9 @@ class ModuleStrategy(ABC):
             logits: Tensor = self.module(batch.to(self.device), logits_at=at.to(self.device))
         return logits
 
-    def hidden(self, batch: Batch, at: Tensor) -> Tensor:
+    def hidden(self, batch: Batch, at: Tensor, layers: Sequence[int] = ()) -> HiddenStates:
         with self._inferring():
-            hidden: Tensor = self.module(batch.to(self.device), hidden_at=at.to(self.device))
+            hidden: HiddenStates = self.module(batch.to(self.device), hidden_at=at.to(self.device), layers=layers)
         return hidden
 
     def decode(self, texts: Decoding) -> Tensor:

@@ -22,6 +22,7 @@ from understudy.parallel.world import World
 from understudy.training.adapting import Adapted, adapted_model
 from understudy.training.checkpointing import CheckpointHook
 from understudy.training.evaluation import EvaluationHook
+from understudy.training.hidden_states import with_maps
 from understudy.training.hooks import TrainingState, interval_steps
 from understudy.training.job import Job
 from understudy.training.resume import determinants, digest_of
@@ -32,11 +33,13 @@ __all__ = ["make_checkpoint_hook", "restore", "run_model"]
 
 def run_model(job: Job) -> Adapted:
     """The model of the run, with its first weights: the model's own, or those of the checkpoint that it goes on from.
-    An adapter's base stays the model's own."""
+    An adapter's base stays the model's own. What trains beside it is there too."""
     resumed = None if job.resume is None else job.resume / MODEL
     if job.adapter_directory is None:
-        return adapted_model(job.recipe, job.model_directory, None, weights=resumed)
-    return adapted_model(job.recipe, job.model_directory, resumed or job.adapter_directory)
+        adapted = adapted_model(job.recipe, job.model_directory, None, weights=resumed)
+    else:
+        adapted = adapted_model(job.recipe, job.model_directory, resumed or job.adapter_directory)
+    return with_maps(adapted, job.recipe, job.teachers, job.resume)
 
 
 def restore(job: Job, strategy: Strategy) -> TrainingState:

@@ -16,7 +16,7 @@ from understudy.training.sinks.registry import Row, Sink
 __all__ = ["MetricsHook", "evaluation_metrics"]
 
 
-PARTS = ("divergence", "cross_entropy")
+PARTS = ("divergence", "cross_entropy", "hidden_states")
 """Of a loss of several parts: each is logged too, a supervised token."""
 
 

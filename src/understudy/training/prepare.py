@@ -39,6 +39,7 @@ from understudy.training.adapting import Adapted, adapted_model, find_adapter, s
 from understudy.training.checkpoint_setup import run_model
 from understudy.training.companions import make_companions
 from understudy.training.existing_adapter import require_same_adapter, require_same_base
+from understudy.training.hidden_states import map_shapes
 from understudy.training.job import Job
 from understudy.training.pruning import pruned_model
 from understudy.training.teaching import find_teachers
@@ -90,7 +91,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
             require_trained_vocabulary(adapted.model, recipe.adapter)
     model, config = adapted.model, adapted.model.config.get_text_config()
     with sources.placing("optimizer"):
-        checkpoint_bytes = _checkpoint_bytes(adapted, recipe)
+        kept = _kept_bytes(recipe)
     with sources.placing("strategy"):
         prepare_strategy(recipe, report)
     data = prepared_data(config.vocab_size)
@@ -99,6 +100,8 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
     _refuse_longer_documents(model.document_limit, [train, *([evaluation] if evaluation else [])], sources)
     read_by = _read_companions(recipe, sources, directory, tokenizer, train, adapter)
     teachers = find_teachers(recipe, sources, model, read_by, train, evaluation, report)
+    with sources.placing("objective.hidden_states"):
+        beside = sum(rows * columns for rows, columns in map_shapes(recipe, model, teachers).values())
     steps = training_data(recipe, train, config.hidden_size, rank=0, world_size=1)
     return Prepared(
         job=Job(
@@ -116,7 +119,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         model_bytes=_model_bytes(adapted, saved_dtype(recipe)),
-        checkpoint_bytes=checkpoint_bytes,
+        checkpoint_bytes=_checkpoint_bytes(adapted, recipe, kept, beside),
         data_digest=train.digest,
         examples=steps.examples_per_epoch,
         evaluation_examples=0 if evaluation is None else len(evaluation),
@@ -237,17 +240,22 @@ def _saved(adapted: Adapted) -> list[tuple[str, torch.nn.Parameter]]:
     return [(name, parameter) for name, parameter in named if adapted.form.keeps(name)]
 
 
-def _checkpoint_bytes(adapted: Adapted, recipe: Recipe) -> int:
-    """Of master weights, and of the optimizer state of those that are trained. What an optimizer keeps of a parameter
-    is asked of the optimizer itself, on a small one."""
+def _kept_bytes(recipe: Recipe) -> float:
+    """Of optimizer state, for each element that is trained: asked of the optimizer itself, on a small parameter."""
     dtype = precision_of(recipe.training.precision).weights
     matrix = torch.nn.Parameter(torch.ones(64, 128, dtype=dtype))
     optimizer = make_optimizer(recipe.optimizer, [("layers.0.mlp.weight", matrix)], fused=False)
     matrix.grad = torch.ones_like(matrix)
     optimizer.step()
-    kept = sum(value.nbytes for value in kept_state(optimizer, matrix).values()) / matrix.numel()
+    return sum(value.nbytes for value in kept_state(optimizer, matrix).values()) / matrix.numel()
+
+
+def _checkpoint_bytes(adapted: Adapted, recipe: Recipe, kept: float, beside: int) -> int:
+    """Of master weights, and of the optimizer state of those that are trained, `kept` bytes an element; with `beside`
+    elements that train beside the model."""
+    dtype = precision_of(recipe.training.precision).weights
     trained = sum(parameter.numel() for parameter in adapted.model.parameters() if parameter.requires_grad)
-    return _model_bytes(adapted, dtype) + round(kept * trained)
+    return _model_bytes(adapted, dtype) + dtype.itemsize * beside + round(kept * (trained + beside))
 
 
 def _refuse_longer_documents(limit: int | None, caches: Sequence[TokenCache], sources: SourceMap) -> None:

@@ -14,6 +14,7 @@ from understudy.checkpoint.places import examine
 from understudy.checkpoint.progress import Progress
 from understudy.checkpoint.store import CheckpointStore, first_verified
 from understudy.errors import RecipeError
+from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
@@ -54,6 +55,8 @@ def determinants(recipe: Recipe) -> dict[str, Any]:
     # Sections that may be absent, so that to add one is a change too.
     flat |= {} if recipe.adapter else {"adapter.kind": None}
     flat |= {} if recipe.quantization else {"quantization.bits": None}
+    if isinstance(recipe.objective, Distillation) and recipe.objective.hidden_states is None:
+        flat["objective.hidden_states.loss"] = None
     return {key: value for key, value in flat.items() if _determines(key)}
 
 

@@ -81,7 +81,7 @@ def _asked(model: LanguageModel, contents: Contents, batch: list[Example], devic
     seed = contents.seed if isinstance(contents, Samples) else 0
     seeds = [(int(mask.sum()), _seed(seed, tokens, mask)) for tokens, mask in documents]
     with torch.no_grad():
-        hidden = model(flat, hidden_at=supervised_positions(flat))
+        hidden = model(flat, hidden_at=supervised_positions(flat)).last
         return keep(contents, hidden, model.head, seeds)
 
 

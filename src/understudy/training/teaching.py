@@ -31,6 +31,7 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.teaching import hold, hold_sharded
 from understudy.training.aligning import align_teacher
+from understudy.training.hidden_states import matched_layers
 from understudy.training.job import TeacherPlace
 from understudy.training.on_policy import longest_answered
 from understudy.training.teacher_cache import Examples, describe_cache, require_examples
@@ -148,8 +149,9 @@ def _teacher(
     device: torch.device,
     world: World,
 ) -> Teacher:
+    pairs = matched_layers(recipe, student, place)
     if isinstance(section, sections.BaseTeacher):
-        return BaseTeacher(strategy.hidden, partial(without_adapter, student), student.head)
+        return BaseTeacher(strategy, partial(without_adapter, student), student.head, pairs)
     assert isinstance(section, sections.LocalTeacher), "servers are no part of this process"
     assert place.directory is not None, "the parent found it"
     dtype = teacher_dtype(recipe, section)
@@ -159,14 +161,14 @@ def _teacher(
         return CachedTeacher(TeacherCache.open(place.cache), _head(section, opened, device, dtype))
     if isinstance(section, sections.ShardedTeacher):
         hold_sharded(opened.model, opened.read, device, dtype, world)
-        return _reading(ModelTeacher(opened.model, opened.model.head, device), place, device)
+        return _reading(ModelTeacher(opened.model, opened.model.head, device, pairs), place, device)
     assert isinstance(section, sections.ResidentTeacher), "what is left"
     placed = _placed(section, device, world)
     hold(opened.model, opened.read, placed, dtype)
     head = opened.model.head
     # Hidden states go from device to device, not logits, so the head is where they are wanted.
     head = head if placed == device else deepcopy(head).to(device)
-    return _reading(ModelTeacher(opened.model, head, placed), place, device)
+    return _reading(ModelTeacher(opened.model, head, placed, pairs), place, device)
 
 
 def _reading(teacher: ModelTeacher, place: TeacherPlace, device: torch.device) -> Teacher:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from torch import Tensor
-
-from understudy.contracts import Batch
+from understudy.contracts import Batch, Strategy
 from understudy.models.head import LossHead
+from understudy.objectives.hidden_states import LayerPair, TargetsOfLayers
 from understudy.objectives.targets import DenseTargets
 from understudy.objectives.teachers.teacher import supervised_positions
 
@@ -16,21 +15,27 @@ __all__ = ["BaseTeacher"]
 
 
 class BaseTeacher:
-    """`hidden` gives the student's final hidden states at given positions (`Strategy.hidden`), and inside
-    `without_adapter()` those of its base. `head` is the student's own, which must be frozen."""
+    """`strategy` gives the student's hidden states, and inside `without_adapter()` those of its base. `head` is the
+    student's own, which must be frozen. With `pairs`, it also gives what the base's layers in them put out."""
 
     def __init__(
         self,
-        hidden: Callable[[Batch, Tensor], Tensor],
+        strategy: Strategy,
         without_adapter: Callable[[], AbstractContextManager[None]],
         head: LossHead,
+        pairs: tuple[LayerPair, ...] = (),
     ) -> None:
-        self._hidden = hidden
+        self._strategy = strategy
         self._without_adapter = without_adapter
         self._head = head
+        self._pairs = pairs
 
     def targets(self, batch: Batch) -> DenseTargets:
+        layers = [layer for _, layer in self._pairs]
         with self._without_adapter():
-            hidden = self._hidden(batch, supervised_positions(batch))
+            hidden = self._strategy.hidden(batch, supervised_positions(batch), layers)
         # The head computes the student's loss when it asks for logits, so that its weight is whole whoever shards it.
-        return DenseTargets.through(hidden, self._head)
+        targets = DenseTargets.through(hidden.last, self._head)
+        if not self._pairs:
+            return targets
+        return TargetsOfLayers(targets.logits, targets.count, self._pairs, hidden.layers)
