@@ -59,7 +59,7 @@ def test_answers_that_were_stopped_go_on_and_can_be_trained_on(tmp_path: Path, r
     assert 0 < there < PROMPTS
     assert not (tmp_path / "answers.jsonl").exists()
 
-    again = generate("answers.jsonl", 2, attempt=1)
+    again = generate("answers.jsonl", 1, attempt=1)
     assert (again.status(), whole.status()) == (0, 0), (again.errors(), whole.errors())
     assert f"answers {PROMPTS} prompts, of which {there} are answered" in again.said()
     content = (tmp_path / "answers.jsonl").read_bytes()

@@ -281,6 +281,7 @@ def test_wrong_input_ends_in_a_sentence_and_leaves_nothing(
         (["-o", str(data)], f"{data} is there already, and is never written over; remove it, or name another file."),
         (["-o", str(tmp_path / "answers.csv")], "let its name end in .jsonl"),
         (["-o", str(data / "deeper" / "answers.jsonl")], "nothing can be written there (Not a directory); name"),
+        (["-o", "/proc/answers.jsonl"], "/proc/answers.jsonl: nothing can be written there (No such file or"),
         (["--top-p", "0.5"], "--top-p narrows a random draw, and there is none without --temperature above 0."),
         (["--max-samples", "0"], "0 is not in the range x>=1"),
     ]  # fmt: skip

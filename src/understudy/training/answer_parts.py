@@ -10,7 +10,6 @@ A line counts once it is whole. No name in here ends like data, since FILE may l
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -31,7 +30,6 @@ ABOUT = "about"
 SUFFIXES = (".jsonl", ".ndjson")
 _IDENTITIES = {"teacher": "another teacher", "data": "other data"}
 """Settings that are digests."""
-_UNWRITABLE = (errno.EACCES, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS)
 
 
 class AnswerKey(NamedTuple):
@@ -207,10 +205,8 @@ def _writing(output: Path) -> Iterator[None]:
     except OSError as error:
         if is_full_disk(error):
             message = "no space is left on the disk; free some, and run the same command again to go on."
-        elif error.errno in (*_UNWRITABLE, errno.EEXIST):
-            message = f"nothing can be written there ({error.strerror}); name another file with -o."
         else:
-            raise
+            message = f"nothing can be written there ({error.strerror or error}); name another file with -o."
         raise UserError(message, file=output) from error
 
 
