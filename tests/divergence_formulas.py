@@ -5,7 +5,7 @@ Log-probabilities p (teacher) and q (student) [n, C] to values [n]; no class may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,16 @@ def adaptive_kl(p: Tensor, q: Tensor) -> Tensor:
         forward, reverse = kl(p_row[None], q_row[None]), kl(q_row[None], p_row[None])
         values.append(weight * forward + (1 - weight) * reverse)
     return torch.cat(values)
+
+
+def universal_distance(p: Tensor, q: Tensor, matched: Sequence[tuple[int, int]]) -> Tensor:
+    """Of one row's probabilities p [Ct] and q [Cs], whose classes are the same where `matched` pairs q's and p's."""
+    total = sum((abs(p[theirs] - q[ours]) for ours, theirs in matched), p.new_zeros(()))
+    left_p = [p[i] for i in range(len(p)) if i not in {theirs for _, theirs in matched}]
+    left_q = [q[i] for i in range(len(q)) if i not in {ours for ours, _ in matched}]
+    zeros = [p.new_zeros(())] * max(len(left_p), len(left_q))
+    falling = [sorted(left + zeros, key=lambda value: value.item(), reverse=True) for left in (left_p, left_q)]
+    return (total + sum(abs(a - b) for a, b in zip(*falling))) / 2
 
 
 def formula(kind: str, alpha: float = 0.1, beta: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:

@@ -16,8 +16,8 @@ def byte_level(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE of the 256 bytes and each of `words`, with all that such a word begins with. Spaces and letters
     may be in one token."""
-    letters = _letters()
-    tokenizer = Tokenizer(_bpe(letters, [[letters[byte] for byte in _encoded(word)] for word in words]))
+    alphabet = letters()
+    tokenizer = Tokenizer(_bpe(alphabet, [[alphabet[byte] for byte in _encoded(word)] for word in words]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _fast(tokenizer, special, template)
@@ -46,7 +46,7 @@ def word_piece(pieces: Sequence[str], *, special: Sequence[str] = (END,)) -> Pre
     return _fast(tokenizer, special, None, unk_token=UNKNOWN)
 
 
-def _letters() -> list[str]:
+def letters() -> list[str]:
     """What a byte-level BPE writes for each byte, as GPT-2 counts them."""
     shown = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (0x20, 0xA0)]
     hidden = iter(range(256, 512))

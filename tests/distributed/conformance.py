@@ -30,9 +30,11 @@ def case(
     count_reads: bool = False,
     adapter: Path | None = None,
     recipe: dict[str, Any] | None = None,
+    teachers: list[dict[str, Any]] | None = None,
     **training: Any,
 ) -> dict[str, Any]:
-    """`adapter` is a directory to begin with, `recipe` what the recipe says besides."""
+    """`adapter` is a directory to begin with, `recipe` what the recipe says besides, `teachers` where they are if the
+    recipe does not say it all."""
     parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
     values = {
         "name": "conformance",
@@ -52,6 +54,7 @@ def case(
         "poisoned_steps": poisoned_steps,
         "count_reads": count_reads,
         "adapter": None if adapter is None else str(adapter),
+        "teachers": teachers,
     }
 
 

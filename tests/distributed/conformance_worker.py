@@ -84,6 +84,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     reader = CountingReader(adapted.read)
     strategy.load_state(reader)
     teachers = [place_of(section) for section in getattr(recipe.objective, "teachers", ())]
+    if case["teachers"] is not None:
+        teachers = [TeacherPlace.of_json(place) for place in case["teachers"]]
     objective = make_objective(
         recipe.objective,
         make_teaching(recipe, teachers, adapted.model, strategy, device.torch_device(world.local_rank), world),

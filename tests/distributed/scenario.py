@@ -16,7 +16,7 @@ import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.divergence_formulas import formula
+from tests.divergence_formulas import formula, universal_distance
 from understudy.contracts import IGNORED, Batch
 
 VOCABULARY = 64
@@ -25,12 +25,18 @@ Document = tuple[torch.Tensor, torch.Tensor]
 
 
 def write_model(
-    directory: Path, *, tied: bool, hidden_size: int = 32, intermediate_size: int = 64, seed: int = 0
+    directory: Path,
+    *,
+    tied: bool,
+    hidden_size: int = 32,
+    intermediate_size: int = 64,
+    vocabulary: int = VOCABULARY,
+    seed: int = 0,
 ) -> None:
     """A random two-layer Llama, fp32, as a Hugging Face directory."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         num_hidden_layers=2,
@@ -93,6 +99,25 @@ def summed_loss(model: torch.nn.Module, documents: list[Document]) -> torch.Tens
 
 
 @dataclass(frozen=True)
+class OtherDocument:
+    """What a teacher with another vocabulary reads in place of a document."""
+
+    tokens: torch.Tensor
+    rows: tuple[int, ...]
+    """Which of the document's supervised positions it can be asked about,"""
+    positions: tuple[int, ...]
+    """and where these are to it."""
+
+
+@dataclass(frozen=True)
+class OtherReading:
+    documents: dict[tuple[int, ...], OtherDocument]
+    """By the student's tokens."""
+    matched: tuple[tuple[int, int], ...]
+    """A student's and a teacher's tokens that mean the same."""
+
+
+@dataclass(frozen=True)
 class Distilled:
     """What is learned of a teacher instead of the labels alone."""
 
@@ -101,6 +126,8 @@ class Distilled:
     divergence: str
     temperature: float
     cross_entropy_weight: float
+    reading: OtherReading | None = None
+    """Of a teacher with another vocabulary."""
 
 
 def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, teacher: Any) -> torch.Tensor:
@@ -108,6 +135,12 @@ def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, tea
     tau, weight = wanted.temperature, wanted.cross_entropy_weight
     for tokens, labels in documents:
         at = labels != IGNORED
+        if wanted.reading is not None:
+            said = model(input_ids=tokens[None]).logits[0][at]
+            apart = read_otherwise(tokens, said, wanted, wanted.reading, teacher)
+            entropy = torch.nn.functional.cross_entropy(said, labels[at], reduction="sum")
+            total = total + (1 - weight) * tau**2 * apart + weight * entropy
+            continue
         with torch.no_grad(), model.disable_adapter() if teacher is None else nullcontext():
             told = (teacher or model)(input_ids=tokens[None]).logits[0][at]
         said = model(input_ids=tokens[None]).logits[0][at]
@@ -115,6 +148,20 @@ def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, tea
         apart = formula(wanted.divergence)(p, q).sum()
         entropy = torch.nn.functional.cross_entropy(said, labels[at], reduction="sum")
         total = total + (1 - weight) * tau**2 * apart + weight * entropy
+    return total
+
+
+def read_otherwise(
+    tokens: torch.Tensor, said: torch.Tensor, wanted: Distilled, reading: OtherReading, teacher: Any
+) -> torch.Tensor:
+    """Summed over those of the positions [N] that `said` is about that the teacher reads alike."""
+    other = reading.documents[tuple(tokens.tolist())]
+    with torch.no_grad():
+        told = teacher(input_ids=other.tokens[None]).logits[0]
+    total = said.new_zeros(())
+    for row, position in zip(other.rows, other.positions):
+        p, q = (torch.softmax(logits / wanted.temperature, dim=0) for logits in (told[position], said[row]))
+        total = total + universal_distance(p, q, reading.matched)
     return total
 
 

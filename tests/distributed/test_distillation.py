@@ -5,11 +5,14 @@ Gradients are compared after one step of SGD, whose weights differ as they do; A
 
 from __future__ import annotations
 
+import random
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.distributed import scenario
 from tests.distributed.adapter_bases import ADAPTERS, Bases
@@ -23,13 +26,25 @@ from tests.distributed.conformance import (
     case,
 )
 from tests.distributed.processes import run_processes
+from tests.tiny_data import cache_of
+from understudy.contracts import IGNORED
+from understudy.objectives.teachers.aligned_documents import AlignedDocument, AlignmentCounts, write_aligned_documents
+from understudy.objectives.teachers.cache_format import example_key
+from understudy.training.job import TeacherPlace
 
 pytestmark = pytest.mark.distributed
 
+FOREIGN_VOCABULARY = 80
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-offload")
 SGD = {"kind": "sgd", "learning_rate": 1.0}
-KINDS = {"resident": ("forward_kl", 1.0, 0.0), "sharded": ("reverse_kl", 2.0, 0.3), "base": ("jsd", 1.5, 0.5)}
-"""Of teachers: divergence, temperature and weight of the cross-entropy."""
+KINDS = {
+    "resident": ("forward_kl", 1.0, 0.0),
+    "sharded": ("reverse_kl", 2.0, 0.3),
+    "base": ("jsd", 1.5, 0.5),
+    "foreign": ("uld", 2.0, 0.3),
+}
+"""Of teachers: divergence, temperature and weight of the cross-entropy. The foreign one, which is sharded, has another
+vocabulary and reads other documents."""
 
 
 class Models:
@@ -37,10 +52,15 @@ class Models:
         self.bases = Bases(root)
         self.teacher = root / "teacher"
         scenario.write_model(self.teacher, tied=False, hidden_size=48, intermediate_size=80, seed=5)
+        self.foreign = root / "foreign"
+        scenario.write_model(self.foreign, tied=False, vocabulary=FOREIGN_VOCABULARY, seed=6)
+        self.reading, self.foreign_place = foreign_reading(root, self.foreign)
 
     def case(self, kind: str, strategy: str, optimizer: dict[str, Any], steps: int) -> dict[str, Any]:
         divergence, temperature, weight = KINDS[kind]
         section = {"kind": kind} if kind == "base" else {"kind": kind, "path": str(self.teacher)}
+        if kind == "foreign":
+            section = {"kind": "sharded", "path": str(self.foreign)}
         objective = {
             "kind": "distillation",
             "teacher": section,
@@ -52,11 +72,22 @@ class Models:
         adapter = None
         if kind == "base":
             adapter, parts["adapter"] = self.bases.adapter("dora", quantized=False), ADAPTERS["dora"]
-        return case(self.bases.whole, strategy, optimizer, steps, adapter=adapter, recipe=parts, max_grad_norm=0.5)
+        teachers = [self.foreign_place.to_json()] if kind == "foreign" else None
+        return case(
+            self.bases.whole,
+            strategy,
+            optimizer,
+            steps,
+            adapter=adapter,
+            recipe=parts,
+            teachers=teachers,
+            max_grad_norm=0.5,
+        )
 
     @cache  # noqa: B019  # one a module
     def solution(self, kind: str, optimizer: str, steps: int) -> scenario.Solution:
-        distilled = scenario.Distilled(None if kind == "base" else self.teacher, *KINDS[kind])
+        teacher = {"base": None, "foreign": self.foreign}.get(kind, self.teacher)
+        distilled = scenario.Distilled(teacher, *KINDS[kind], self.reading if kind == "foreign" else None)
         adapter = self.bases.adapter("dora", quantized=False) if kind == "base" else None
         return scenario.solve(
             self.bases.whole,
@@ -68,6 +99,31 @@ class Models:
             adapter=adapter,
             distilled=distilled,
         )
+
+
+def foreign_reading(root: Path, model: Path) -> tuple[scenario.OtherReading, TeacherPlace]:
+    """Other documents at random, shorter or longer ones, and about half of the positions aligned; of every fifth
+    document none is. Some tokens mean the same."""
+    draw = random.Random(0)
+    matched = tuple(zip(draw.sample(range(scenario.VOCABULARY), 40), draw.sample(range(FOREIGN_VOCABULARY), 40)))
+    read, stored, examples = {}, {}, []
+    for number, (tokens, labels) in enumerate(each for step in range(4) for each in scenario.global_batch(step)):
+        other = torch.tensor(draw.choices(range(FOREIGN_VOCABULARY), k=draw.randint(4, 20)))
+        supervised = labels != IGNORED
+        count = 0 if number % 5 == 0 else min(int(supervised.sum()) // 2 + 1, len(other) - 1)
+        rows = tuple(sorted(draw.sample(range(int(supervised.sum())), count)))
+        positions = tuple(sorted(draw.sample(range(len(other) - 1), count)))
+        read[tuple(tokens.tolist())] = scenario.OtherDocument(other, rows, positions)
+        stored[example_key(tokens, supervised)] = AlignedDocument(
+            number, np.array(rows, np.int32), np.array(positions, np.int32)
+        )
+        examples.append((other.tolist(), [1] * len(other)))
+    counts = AlignmentCounts(0, 0, len(matched), scenario.VOCABULARY, FOREIGN_VOCABULARY)
+    (root / "alignment").mkdir()
+    write_aligned_documents(root / "alignment", stored, np.array(sorted(matched)), counts)
+    cache = cache_of(root / "tokens", examples)
+    place = TeacherPlace(model, None, 0, alignment=root / "alignment", examples=(cache.path,))
+    return scenario.OtherReading(read, matched), place
 
 
 @pytest.fixture(scope="module")

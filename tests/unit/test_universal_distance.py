@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.divergence_formulas import universal_distance
 from tests.unit.test_distillation_loss import PeakBytes, make_labels, make_logits, mixed
 from understudy.models.head import LossHead
 from understudy.objectives.distillation_loss import DistillationLoss
@@ -37,16 +38,6 @@ def aligned(teacher: Tensor, rows: list[int], shared: SharedVocabulary, count: i
     return AlignedTargets(torch.tensor(rows, dtype=torch.int64), told, shared, count)
 
 
-def plain_distance(p: Tensor, q: Tensor, matched: list[tuple[int, int]]) -> Tensor:
-    """Of one row's probabilities."""
-    total = sum((abs(p[theirs] - q[ours]) for ours, theirs in matched), p.new_zeros(()))
-    left_p = [p[i] for i in range(len(p)) if i not in {theirs for _, theirs in matched}]
-    left_q = [q[i] for i in range(len(q)) if i not in {ours for ours, _ in matched}]
-    zeros = [p.new_zeros(())] * max(len(left_p), len(left_q))
-    falling = [sorted(left + zeros, key=lambda value: value.item(), reverse=True) for left in (left_p, left_q)]
-    return (total + sum(abs(a - b) for a, b in zip(*falling))) / 2
-
-
 def reference(
     teacher: Tensor, logits: Tensor, rows: list[int], matched: list[tuple[int, int]], temperature: float
 ) -> Tensor:
@@ -55,7 +46,7 @@ def reference(
     for row, told in zip(rows, teacher):
         p = (told[: TEACHER - 2] / temperature).softmax(0)
         q = (logits[row, : STUDENT - 1] / temperature).softmax(0)
-        values[row] = plain_distance(p, q, matched)
+        values[row] = universal_distance(p, q, matched)
     return torch.stack(values)
 
 

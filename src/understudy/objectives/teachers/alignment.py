@@ -41,7 +41,7 @@ def align(student: Reading, teacher: Reading, ours: TokenBytes, theirs: TokenByt
 
     Special tokens correspond where they stand in the same place, such as at the end of a turn. What stands before the
     text of a turn may differ: white space, or what a template puts there. Where the texts part, what is before that is
-    still aligned; later spans are not, unless one text goes on where the other ended.
+    still aligned, if there is anything; later spans are not, unless one text goes on where the other ended.
     """
     found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
     for one, other in zip(_spans(student, ours), _spans(teacher, theirs)):
@@ -84,7 +84,7 @@ class _Pair(NamedTuple):
     first: int
     """The first offset at which they are alike: negative where they begin alike."""
     last: int
-    """The last one."""
+    """The last one; before the first where nothing is alike."""
     goes_on: bool
     """They differ in their ends at most."""
 
@@ -97,9 +97,11 @@ class _Pair(NamedTuple):
         if cores[shorter] and cores[longer].endswith(cores[shorter]) and not cores[longer].startswith(cores[shorter]):
             texts[longer], cores[longer] = texts[longer][head:], cores[shorter]
         heads = len(student) - len(texts[0]), len(teacher) - len(texts[1])
-        begins_alike = student[: heads[0]] == teacher[: heads[1]]
-        last = _common_prefix(*texts)
-        return _Pair(heads, -heads[0] if begins_alike else 0, last, last >= min(map(len, cores)))
+        first = -heads[0] if student[: heads[0]] == teacher[: heads[1]] else 0
+        common = _common_prefix(*texts)
+        # Else any two texts would be aligned where they begin.
+        last = common if common or not all(texts) else first - 1
+        return _Pair(heads, first, last, common >= min(map(len, cores)))
 
 
 def _common_prefix(one: bytes, other: bytes) -> int:
