@@ -165,6 +165,21 @@ def test_a_trained_model_is_held_to_its_teacher(server: TeacherServer, capsys: p
     assert len(server.prompts) == 1 + 8
 
 
+def test_the_key_is_the_environments_and_written_nowhere(
+    network: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNDERSTUDY_TEACHER_API_KEY", "a-secret\n")
+    with TeacherServer(network, key="a-secret") as server:
+        status, said, errors = train(RECIPE.replace("ADDRESS", server.address), capsys)
+    assert (status, errors) == (0, "")
+    assert "a-secret" not in said
+    assert not any(b"a-secret" in file.read_bytes() for file in Path("out").rglob("*") if file.is_file())
+    monkeypatch.setenv("UNDERSTUDY_TEACHER_API_KEY", "a secrét\nand more")
+    status, _, errors = train(RECIPE.replace("ADDRESS", server.address).replace("out/run", "out/other"), capsys)
+    assert (status, errors.count("\n")) == (2, 1)
+    assert "UNDERSTUDY_TEACHER_API_KEY has characters that no key has" in errors
+
+
 def test_a_teacher_with_another_tokenizer_is_refused_before_its_server_is_asked(
     server: TeacherServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
