@@ -47,7 +47,8 @@ class Batch:
     document_offsets: Tensor
     """[D+1] int32, first 0, last T. Always on the CPU: kernels' launch parameters are read from it without a sync."""
     targets: Any = None
-    """What a teacher says about the supervised positions, in order; its objective knows its type."""
+    """What a teacher says about the supervised positions, in order; its objective knows its type. Until `prepare`, what
+    one that is asked before the step said then, which that teacher knows."""
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with `tokens`, `labels` and `positions` on `device`; offsets stay on the CPU."""
