@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -116,10 +117,10 @@ def test_what_asks_nothing_is_refused(tmp_path: Path) -> None:
 def test_tokens_are_drawn_as_often_as_the_model_says(teacher: Path, temperature: float, top_p: float) -> None:
     count = 2000
     given = answerer(teacher)
-    prompt = given._prompts.tokens(asked(3))
+    prompt = given._reading.tokens(asked(3))
     chance = Chance(temperature, top_p, [(5, i) for i in range(count)])
     drawn = answer_all(
-        given._network, given._prompts.tokenizer, [prompt] * count, [1] * count,
+        given._network, given._reading.tokenizer, [prompt] * count, [1] * count,
         ends=frozenset(), batch_tokens=10**9, chance=chance,
     )  # fmt: skip
     found = torch.bincount(torch.tensor([tokens[0] for _, tokens in drawn]), minlength=13) / count
@@ -256,8 +257,11 @@ def test_wrong_input_ends_in_a_sentence_and_leaves_nothing(
     bare = tmp_path / "bare"
     small_run.write_tokenizer(bare)
     (bare / "chat_template.jinja").unlink()
-    for name in ("config.json", "model.safetensors"):
-        (bare / name).write_bytes((teacher / name).read_bytes())
+    picky = tmp_path / "picky"
+    small_run.write_tokenizer(picky)
+    (picky / "chat_template.jinja").write_text("{{ raise_exception('users are not welcome') }}")
+    for directory, name in itertools.product((bare, picky), ("config.json", "model.safetensors")):
+        (directory / name).write_bytes((teacher / name).read_bytes())
     resident = {"kind": "resident", "path": str(teacher)}
     recipe = {
         "output_dir": str(tmp_path / "run"),
@@ -275,6 +279,8 @@ def test_wrong_input_ends_in_a_sentence_and_leaves_nothing(
         ([f"objective.teacher={several}"], "a teacher of the kind several cannot be asked for answers; name one"),
         (["objective.teacher.path=/nowhere/at/all"], "there is no directory /nowhere/at/all; correct the path."),
         ([f"objective.teacher.path={bare}"], "has no chat template, so it answers no conversations; name a model"),
+        ([f"objective.teacher.path={picky}"], "rows.jsonl, row 1: the chat template of"),
+        ([f"objective.teacher.path={picky}"], "refuses the roles user: users are not welcome; change the row, or name"),
         ([f"data.train.0.path={text}"], "text.jsonl is plain text, which asks nothing that could be answered"),
         ([f"data.train.0.path={tmp_path}/no.jsonl"], "there is no file or directory"),
         ([f"data.train.0.path={long}"], "no prompt leaves room for an answer in the 64 positions"),

@@ -11,7 +11,7 @@ import torch
 
 from understudy.data.prompts import Prompt
 from understudy.devices.device import find_device
-from understudy.errors import OutOfMemoryError
+from understudy.errors import OutOfMemoryError, UserError
 from understudy.models.architecture import load_config
 from understudy.models.tokenizer import load_tokenizer
 from understudy.recipe.schema import Model
@@ -44,10 +44,16 @@ class AnsweringModel:
     on_host: bool = False
     """Computes on the host's processor, whatever other device there is."""
 
-    def prompts(self) -> ModelPrompts:
+    def reading(self) -> ConversationReading:
+        """Raises `UserError` when it reads no conversations."""
         tokenizer = load_tokenizer(self.tokenizer, self.chat_template)
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"the teacher {self.name} has no chat template, so it answers no conversations; name a model that was "
+                "made for them."
+            )
         config = load_config(self.directory, Model(path=str(self.directory))).get_text_config()
-        return ModelPrompts(self.name, tokenizer, getattr(config, "max_position_embeddings", None))
+        return ConversationReading(self.name, tokenizer, getattr(config, "max_position_embeddings", None))
 
     def to_json(self) -> dict[str, Any]:
         paths = {"directory": str(self.directory), "tokenizer": str(self.tokenizer)}
@@ -60,8 +66,8 @@ class AnsweringModel:
 
 
 @dataclass(frozen=True)
-class ModelPrompts:
-    """What a model is given to go on with."""
+class ConversationReading:
+    """How a model reads what it is to answer."""
 
     name: str
     tokenizer: Any
@@ -71,6 +77,11 @@ class ModelPrompts:
     def tokens(self, prompt: Prompt) -> list[int]:
         """Raises `UserError` when the chat template refuses the conversation."""
         return prompt_tokens(self.tokenizer, self.name, prompt.messages, prompt.tools)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides it, as JSON."""
+        return [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.positions]
 
     def room(self, length: int, wanted: int) -> int:
         """New tokens, at most `wanted`, for which there are positions behind so many."""
@@ -88,8 +99,8 @@ class ModelAnswerer:
         quiet_transformers()
         device = torch.device("cpu") if model.on_host else find_device().torch_device(local_rank)
         self._network = load_network(model.directory, model.dtype).to(device).eval()
-        self._prompts = model.prompts()
-        self._ends = end_tokens(self._prompts.tokenizer, model.directory)
+        self._reading = model.reading()
+        self._ends = end_tokens(self._reading.tokenizer, model.directory)
         self._sampling = sampling
         self._seed = seed
         self._batch_tokens = batch_tokens
@@ -112,8 +123,8 @@ class ModelAnswerer:
         yield from ((middle + i, answer) for i, answer in self.answers(prompts[middle:]))
 
     def _together(self, prompts: Sequence[Prompt]) -> list[tuple[int, Answer]]:
-        tokenizer = self._prompts.tokenizer
-        tokens = [self._prompts.tokens(prompt) for prompt in prompts]
+        tokenizer = self._reading.tokenizer
+        tokens = [self._reading.tokens(prompt) for prompt in prompts]
         seeds = [(self._seed, prompt.source, prompt.row) for prompt in prompts]
         chance = Chance(self._sampling.temperature, self._sampling.top_p, seeds)
         answered = []
@@ -121,7 +132,7 @@ class ModelAnswerer:
             self._network,
             tokenizer,
             tokens,
-            [self._prompts.room(len(prompt), self._sampling.max_new_tokens) for prompt in tokens],
+            [self._reading.room(len(prompt), self._sampling.max_new_tokens) for prompt in tokens],
             ends=self._ends,
             batch_tokens=self._batch_tokens,
             chance=chance if self._sampling.temperature else None,

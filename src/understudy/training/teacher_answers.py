@@ -16,7 +16,7 @@ from understudy.errors import UserError
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.identity import model_digest
 from understudy.models.source import tokenizer_directory
-from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
+from understudy.models.tokenizer import prepared_tokenizer
 from understudy.plan.machine import Machine
 from understudy.plan.resolve import resolve
 from understudy.recipe.environment import cache_directory
@@ -27,7 +27,7 @@ from understudy.recipe.source_map import SourceMap
 from understudy.recipe.teachers import BaseTeacher, LocalTeacher, ResidentTeacher
 from understudy.strategies.precision import precision_of
 from understudy.training.answer_parts import ABOUT, Answer, AnswerKey, AnswerParts
-from understudy.training.answerers import AnsweringModel
+from understudy.training.answerers import AnsweringModel, ConversationReading
 from understudy.training.answering import Sampling, batches
 from understudy.training.prepare import data_preparer, grown_model, materialized_model, quantized_model
 from understudy.training.start import chosen_processes
@@ -73,12 +73,14 @@ def generate_answers(
             check_processes(recipe, processes, sources)
             recipe, _ = resolve(recipe, machine, processes)
             model = _answering_model(recipe, sources, say)
+            with sources.placing(TEACHER):
+                reading = model.reading()
             prompts = training_prompts(recipe, sources, cache_directory(), wanted.max_samples, say)
             with sources.placing(TEACHER):
-                plan = _plan(recipe, model, prompts.asked, wanted.sampling)
+                plan = _plan(recipe, reading, prompts.asked, wanted.sampling)
             seed = recipe.training.seed if wanted.seed is None else wanted.seed
             parts = AnswerParts(output)
-            stack.enter_context(parts.claimed(_settings(recipe, model, prompts, wanted, seed)))
+            stack.enter_context(parts.claimed(_settings(recipe, model, reading, prompts, wanted, seed)))
             answered = parts.answers()
             _say_first(say, model, prompts, plan, len(answered))
         job = AnswersJob(model, output, wanted.sampling, seed, _batch_tokens(recipe))
@@ -149,26 +151,18 @@ def _answering_model(recipe: Recipe, sources: SourceMap, say: Callable[[str], No
         )
     section = objective.teacher
     if isinstance(section, BaseTeacher):
-        model = _base(recipe, sources, say)
-    elif isinstance(section, LocalTeacher):
-        with sources.placing(TEACHER):
-            directory = find_directory(section, say)
-            on_host = isinstance(section, ResidentTeacher) and section.device == "host"
-            dtype, tokenizer = teacher_dtype(recipe, section), tokenizer_directory(Model(path=str(directory)))
-            model = AnsweringModel(section.path, directory, tokenizer, None, dtype, on_host)
-    else:
+        return _base(recipe, sources, say)
+    if not isinstance(section, LocalTeacher):
         raise sources.error(
             TEACHER,
             f"a teacher of the kind {section.kind} cannot be asked for answers; name one model: `{{kind: resident, "
             "path: …}`.",
         )
     with sources.placing(TEACHER):
-        if not load_tokenizer(model.tokenizer, model.chat_template).chat_template:
-            raise UserError(
-                f"the teacher {model.name} has no chat template, so it answers no conversations; name a model that was "
-                "made for them."
-            )
-    return model
+        directory = find_directory(section, say)
+        on_host = isinstance(section, ResidentTeacher) and section.device == "host"
+        dtype, tokenizer = teacher_dtype(recipe, section), tokenizer_directory(Model(path=str(directory)))
+        return AnsweringModel(section.path, directory, tokenizer, None, dtype, on_host)
 
 
 def _base(recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> AnsweringModel:
@@ -190,35 +184,43 @@ def _batch_tokens(recipe: Recipe) -> int:
     return TRAINING_TOKENS * recipe.training.micro_batch_tokens
 
 
-def _plan(recipe: Recipe, model: AnsweringModel, asked: Sequence[Prompt], sampling: Sampling) -> list[list[Prompt]]:
+def _plan(
+    recipe: Recipe, reading: ConversationReading, asked: Sequence[Prompt], sampling: Sampling
+) -> list[list[Prompt]]:
     """Prompts that are answered together, the same whatever was answered before and by however many processes, so that
     answers are the same too where a batch's composition moves the arithmetic. Those that leave no room for an answer
     are in none. Raises `UserError` when the teacher's chat template refuses one, or none leaves room."""
-    prepared = model.prompts()
-    lengths = [len(prepared.tokens(prompt)) for prompt in asked]
-    room = [prepared.room(length, sampling.max_new_tokens) for length in lengths]
+    lengths = [_length(recipe, reading, prompt) for prompt in asked]
+    room = [reading.room(length, sampling.max_new_tokens) for length in lengths]
     together = batches(lengths, room, _batch_tokens(recipe))
     most = min(MOST_TOGETHER, -(-len(asked) // FEWEST_BATCHES))
     plan = [[asked[i] for i in members[at : at + most]] for members in together for at in range(0, len(members), most)]
     if not plan:
         raise UserError(
-            f"no prompt leaves room for an answer in the {prepared.positions} positions that the teacher has."
+            f"no prompt leaves room for an answer in the {reading.positions} positions that the teacher has."
         )
     return plan
 
 
+def _length(recipe: Recipe, reading: ConversationReading, prompt: Prompt) -> int:
+    try:
+        return len(reading.tokens(prompt))
+    except UserError as error:
+        place = f"{recipe.data.train[prompt.source].path}, row {prompt.row + 1}"
+        raise UserError(f"{place}: {error.message.rstrip('.')}; change the row, or name another teacher.") from error
+
+
 def _settings(
-    recipe: Recipe, model: AnsweringModel, prompts: Prompts, wanted: AnswersWanted, seed: int
+    recipe: Recipe,
+    model: AnsweringModel,
+    reading: ConversationReading,
+    prompts: Prompts,
+    wanted: AnswersWanted,
+    seed: int,
 ) -> dict[str, Any]:
     """What decides the answers."""
-    tokenizer: Any = load_tokenizer(model.tokenizer, model.chat_template)
-    teacher = [
-        model_digest(model.directory, cache_directory()),
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template,
-        str(model.dtype),
-    ]
-    sampling = wanted.sampling
+    weights, sampling = model_digest(model.directory, cache_directory()), wanted.sampling
+    teacher = [weights, *reading.identity, str(model.dtype)]
     return {
         ABOUT: f"Answers of {model.name} to the training data of {recipe.name}, on their way into a file; "
         "`understudy teacher generate` goes on with them.",
