@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from understudy.devices.cpu import CPU
-from understudy.devices.detect import detect_machine
+from understudy.devices.detect import detect_machine, hidden_devices
+from understudy.devices.host_memory import memory_limit_bytes
 
 pytestmark = pytest.mark.unit
 
@@ -48,6 +49,7 @@ def test_gpus_are_counted_less_those_hidden(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     machine = detect_machine(tmp_path)
     assert (machine.devices, machine.accelerated) == (devices, devices > 0)
+    assert hidden_devices(tmp_path) == ({} if devices == 4 else {"CUDA_VISIBLE_DEVICES": 4 - devices})
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -66,3 +68,23 @@ def test_a_containers_limits_bound_cores_and_memory(version: int, tmp_path: Path
         file.write_text(text + "\n")
     machine = detect_machine(tmp_path)
     assert (machine.devices, machine.cores, machine.device_bytes) == (0, 1, 4096)
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "lowest"),
+    [
+        ("0::/batch/job_7/step_0\n", {"batch/memory.max": "max", "batch/job_7/memory.max": "4096"}, 4096),
+        ("0::/batch/job_7\n", {"batch/memory.max": "4096", "batch/job_7/memory.max": "8192"}, 4096),
+        ("5:memory,hugetlb:/job_7\n0::/\n", {"memory/job_7/memory.limit_in_bytes": "4096"}, 4096),
+        ("4:memory:/\n", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("", {}, None),
+    ],
+)
+def test_a_batch_systems_limit_on_memory_is_found_in_the_group_it_is_set_on(
+    groups: str, limits: dict[str, str], lowest: int | None, tmp_path: Path
+) -> None:
+    for name, text in {"proc/self/cgroup": groups, **{f"sys/fs/cgroup/{k}": v for k, v in limits.items()}}.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert memory_limit_bytes(tmp_path) == lowest

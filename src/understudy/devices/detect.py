@@ -8,11 +8,13 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from understudy.devices.host_memory import host_memory_bytes, memory_limit_bytes
 from understudy.plan.machine import Machine
 from understudy.recipe.environment import visible_devices
 
-__all__ = ["detect_machine"]
+__all__ = ["detect_machine", "hidden_devices"]
 
+_GPU_LIST, _NPU_LIST = "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"
 _MEBIBYTE = 2**20
 _QUERY_SECONDS = 20
 """A driver that answers later than this is as good as none."""
@@ -24,14 +26,28 @@ def detect_machine(root: Path = Path("/")) -> Machine:
     Accelerators are counted from the kernel's own files, less those that CUDA_VISIBLE_DEVICES or
     ASCEND_RT_VISIBLE_DEVICES hides; their memory is what the vendor's tool says, 0 where there is none to ask.
     """
-    gpus = len(list((root / "proc/driver/nvidia/gpus").glob("*"))) or _numbered(root / "dev", "nvidia")
-    if devices := _visible(gpus, visible_devices("CUDA_VISIBLE_DEVICES")):
+    if devices := _visible(_gpus(root), visible_devices(_GPU_LIST)):
         command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
         return Machine(devices, _smallest_mebibytes(command, r"^\s*(\d+)"), _cores(root))
-    if devices := _visible(_numbered(root / "dev", "davinci"), visible_devices("ASCEND_RT_VISIBLE_DEVICES")):
+    if devices := _visible(_npus(root), visible_devices(_NPU_LIST)):
         command = ["npu-smi", "info", "-t", "memory", "-i", "0"]
         return Machine(devices, _smallest_mebibytes(command, r"(?:HBM|DDR) Capacity\(MB\)\s*:\s*(\d+)"), _cores(root))
-    return Machine(0, _host_memory_bytes(root), _cores(root))
+    return Machine(0, _usable_memory_bytes(root), _cores(root))
+
+
+def hidden_devices(root: Path = Path("/")) -> dict[str, int]:
+    """How many accelerators each of the environment variables hides that hide any."""
+    present = {_GPU_LIST: _gpus(root), _NPU_LIST: _npus(root)}
+    hidden = {name: count - _visible(count, visible_devices(name)) for name, count in present.items()}
+    return {name: count for name, count in hidden.items() if count}
+
+
+def _gpus(root: Path) -> int:
+    return len(list((root / "proc/driver/nvidia/gpus").glob("*"))) or _numbered(root / "dev", "nvidia")
+
+
+def _npus(root: Path) -> int:
+    return _numbered(root / "dev", "davinci")
 
 
 def _numbered(directory: Path, prefix: str) -> int:
@@ -75,14 +91,10 @@ def _cores(root: Path) -> int:
     return max(1, allowed)
 
 
-def _host_memory_bytes(root: Path) -> int:
-    """The host's memory, or less where the control group limits it."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if found := re.search(r"MemTotal:\s+(\d+) kB", _read(root / "proc/meminfo")):
-        total = int(found[1]) * 1024
-    groups = root / "sys/fs/cgroup"
-    limit = _read(groups / "memory.max") or _read(groups / "memory/memory.limit_in_bytes")
-    return min(total, int(limit)) if limit.isdigit() else total
+def _usable_memory_bytes(root: Path) -> int:
+    """The host's memory, or less where a control group limits it."""
+    total, limit = host_memory_bytes(root), memory_limit_bytes(root)
+    return total if limit is None else min(total, limit)
 
 
 def _read(file: Path) -> str:
