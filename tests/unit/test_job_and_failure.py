@@ -42,7 +42,11 @@ def test_a_job_is_read_back_as_it_was_written(tmp_path: Path, evaluation: Path |
         model_directory=Path("model"),
         adapter_directory=Path("adapter"),
         tokenizer_directory=Path("tokenizer"),
-        teachers=(TeacherPlace(Path("teacher"), None, 7), TeacherPlace(None, None, 9)),
+        teachers=(
+            TeacherPlace(Path("teacher"), None, 7),
+            TeacherPlace(None, None, 9, ("http://127.0.0.1:1/v1",), 11),
+            TeacherPlace(Path("teacher"), None, 0, alignment=Path("a"), examples=(Path("t"), Path("e"))),
+        ),
         train=Path("cache/t"),
         evaluation=evaluation,
     )
