@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from pathlib import Path
@@ -9,11 +10,15 @@ from pathlib import Path
 import torch
 
 from understudy.devices.attention import DocumentAttention
+from understudy.devices.detect import detect_machine
+from understudy.devices.device import DeviceDescription
+from understudy.devices.host_memory import available_memory_bytes, usable_memory_bytes
 
 __all__ = ["CPU"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_PROCESSOR = Path("/proc/cpuinfo")
 
 
 class CPU:
@@ -26,6 +31,18 @@ class CPU:
 
     def torch_device(self, local_rank: int) -> torch.device:
         return torch.device("cpu")
+
+    def describe(self) -> tuple[DeviceDescription, ...]:
+        machine = detect_machine()
+        model = re.search(r"^model name\s*:\s*(.+)$", _PROCESSOR.read_text(), re.M) if _PROCESSOR.exists() else None
+        name = model[1] if model else "processor"
+        total_bytes = usable_memory_bytes()
+        return (
+            DeviceDescription(f"{name}, {machine.cores} cores", total_bytes, available_memory_bytes() or total_bytes),
+        )
+
+    def software(self) -> str:
+        return f"vector instructions {torch.backends.cpu.get_cpu_capability()}"
 
     def memory_peak_bytes(self) -> int:
         """Peak resident memory of this process, code and libraries included."""

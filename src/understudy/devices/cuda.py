@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import torch
 
 from understudy.devices.attention import DocumentAttention
+from understudy.devices.device import DeviceDescription
 from understudy.devices.flash import FlashAttention, VariableLengthAttention
 
 __all__ = ["CUDA"]
+
+_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class CUDA:
@@ -35,6 +41,18 @@ class CUDA:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return device
+
+    def describe(self) -> tuple[DeviceDescription, ...]:
+        found = []
+        for index in range(torch.cuda.device_count()):
+            free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+            found.append(DeviceDescription(torch.cuda.get_device_name(index), total_bytes, free_bytes))
+        return tuple(found)
+
+    def software(self) -> str:
+        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        driver = re.search(r"(\d+\.\d+[.\d]*)", _DRIVER.read_text()) if _DRIVER.exists() else None
+        return f"PyTorch for {built}" + (f", driver {driver[1]}" if driver else "")
 
     def memory_peak_bytes(self) -> int:
         return torch.cuda.max_memory_reserved()

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from understudy.devices.host_memory import host_memory_bytes, memory_limit_bytes
+from understudy.devices.host_memory import usable_memory_bytes
 from understudy.plan.machine import Machine
 from understudy.recipe.environment import visible_devices
 
@@ -32,7 +32,7 @@ def detect_machine(root: Path = Path("/")) -> Machine:
     if devices := _visible(_npus(root), visible_devices(_NPU_LIST)):
         command = ["npu-smi", "info", "-t", "memory", "-i", "0"]
         return Machine(devices, _smallest_mebibytes(command, r"(?:HBM|DDR) Capacity\(MB\)\s*:\s*(\d+)"), _cores(root))
-    return Machine(0, _usable_memory_bytes(root), _cores(root))
+    return Machine(0, usable_memory_bytes(root), _cores(root))
 
 
 def hidden_devices(root: Path = Path("/")) -> dict[str, int]:
@@ -89,12 +89,6 @@ def _cores(root: Path) -> int:
     if quota.isdigit() and period.isdigit() and int(period) > 0:
         allowed = min(allowed, -(-int(quota) // int(period)))
     return max(1, allowed)
-
-
-def _usable_memory_bytes(root: Path) -> int:
-    """The host's memory, or less where a control group limits it."""
-    total, limit = host_memory_bytes(root), memory_limit_bytes(root)
-    return total if limit is None else min(total, limit)
 
 
 def _read(file: Path) -> str:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from understudy.devices.attention import DocumentAttention
 
-__all__ = ["Device", "find_device"]
+__all__ = ["Device", "DeviceDescription", "find_device"]
+
+
+@dataclass(frozen=True)
+class DeviceDescription:
+    """One device of this machine."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    """Of its memory; other processes may hold the rest."""
 
 
 class Device(Protocol):
@@ -32,6 +43,14 @@ class Device(Protocol):
 
     def torch_device(self, local_rank: int) -> torch.device:
         """This process's device, made current."""
+        ...
+
+    def describe(self) -> tuple[DeviceDescription, ...]:
+        """Every device of the kind that this process may use; each of them is opened."""
+        ...
+
+    def software(self) -> str:
+        """What drives the device, with versions, as far as it tells."""
         ...
 
     def memory_peak_bytes(self) -> int:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["available_memory_bytes", "group_files", "host_memory_bytes", "memory_limit_bytes"]
+__all__ = ["available_memory_bytes", "group_files", "host_memory_bytes", "memory_limit_bytes", "usable_memory_bytes"]
 
 _UNLIMITED_BYTES = 2**60
 """Version 1 of control groups says a number near 2⁶³ where there is no limit."""
@@ -18,6 +18,12 @@ def host_memory_bytes(root: Path = Path("/")) -> int:
     if (known := _meminfo(root, "MemTotal")) is not None:
         return known
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def usable_memory_bytes(root: Path = Path("/")) -> int:
+    """The host's memory, or less where a control group limits it."""
+    total, limit = host_memory_bytes(root), memory_limit_bytes(root)
+    return total if limit is None else min(total, limit)
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from understudy.devices.attention import AttentionRule, DocumentAttention, Documents
+from understudy.devices.device import DeviceDescription
 
 __all__ = ["NPU"]
 
@@ -36,6 +38,16 @@ class NPU:
         device = torch.device("npu", local_rank)
         _npu().set_device(device)
         return device
+
+    def describe(self) -> tuple[DeviceDescription, ...]:
+        found = []
+        for index in range(_npu().device_count()):
+            free_bytes, total_bytes = _npu().mem_get_info(index)
+            found.append(DeviceDescription(str(_npu().get_device_name(index)), int(total_bytes), int(free_bytes)))
+        return tuple(found)
+
+    def software(self) -> str:
+        return f"torch_npu {metadata.version('torch_npu')}"
 
     def memory_peak_bytes(self) -> int:
         return int(_npu().max_memory_reserved())
