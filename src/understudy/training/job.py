@@ -31,6 +31,8 @@ class TeacherPlace:
     """Of one with another tokenizer: where its reading of the data says what the student's does,"""
     examples: tuple[Path, ...] = ()
     """and that reading, of training and evaluation data: token caches."""
+    parameters: int = 0
+    """Of a model that these processes run."""
 
     def to_json(self) -> dict[str, Any]:
         places = {"directory": self.directory, "cache": self.cache, "alignment": self.alignment}
@@ -39,6 +41,7 @@ class TeacherPlace:
             "endpoints": list(self.endpoints),
             "classes": self.classes,
             "examples": [str(path) for path in self.examples],
+            "parameters": self.parameters,
         }
 
     @staticmethod
@@ -54,6 +57,7 @@ class TeacherPlace:
             values["classes"],
             alignment,
             tuple(map(Path, values["examples"])),
+            values["parameters"],
         )
 
 

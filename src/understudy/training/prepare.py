@@ -66,6 +66,8 @@ class Prepared:
     examples: int
     """Of an epoch."""
     evaluation_examples: int
+    supervised_tokens: int
+    """Of training and evaluation data."""
     steps: int
     resumed_step: int = 0
     """Steps that the checkpoint to go on from has done."""
@@ -123,6 +125,7 @@ def prepare_job(recipe: Recipe, sources: SourceMap, report: Callable[[str], None
         data_digest=train.digest,
         examples=steps.examples_per_epoch,
         evaluation_examples=0 if evaluation is None else len(evaluation),
+        supervised_tokens=sum(int(cache.num_supervised.sum()) for cache in (train, evaluation) if cache is not None),
         steps=steps.total_steps,
     )
 

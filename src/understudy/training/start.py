@@ -25,7 +25,7 @@ from understudy.plan.resolve import resolve
 from understudy.recipe.dump import dump_recipe
 from understudy.recipe.environment import ProcessEnvironment, cache_directory
 from understudy.recipe.rules import check_processes
-from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
+from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
 if TYPE_CHECKING:
@@ -157,6 +157,7 @@ def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Call
     """Begins the run, or goes on with it, and says what is going to happen."""
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.job import write_job
+    from understudy.training.opening import opening_lines
 
     recipe, step = dump_recipe(prepared.job.recipe), prepared.resumed_step
     try:
@@ -196,38 +197,6 @@ def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
     with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
         tokenizer_directory(recipe.model)
     find_sources(recipe, sources, cache_directory())
-
-
-def opening_lines(prepared: Prepared) -> str:
-    """What is about to run."""
-    recipe = prepared.job.recipe
-    assert not isinstance(recipe.strategy, str), "the recipe must be resolved first"
-    processes = recipe.cluster.processes
-    evaluation = f", {prepared.evaluation_examples:,} for evaluation" if prepared.evaluation_examples else ""
-    return "\n".join(
-        [
-            f"{recipe.name}: {prepared.job.sources.file} → {recipe.output_dir}",
-            f"strategy {_strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
-            + ("process" if processes == 1 else "processes"),
-            f"model {prepared.model_type}, {prepared.parameters:,} parameters{_trained_part(prepared)}",
-            f"data {prepared.examples:,} examples an epoch{evaluation}; {prepared.steps:,} steps of "
-            f"{recipe.training.global_batch_size} examples",
-            *([f"going on from {resume} (step {prepared.resumed_step:,})"] if (resume := prepared.job.resume) else []),
-        ]
-    )
-
-
-def _trained_part(prepared: Prepared) -> str:
-    if (adapter := prepared.job.recipe.adapter) is None:
-        return ""
-    share = prepared.trained / prepared.parameters
-    return f", of which {adapter.kind} trains {prepared.trained:,} ({share:.2%})"
-
-
-def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
-    """Its kind and what in it is not the default."""
-    chosen = strategy.model_dump(exclude={"kind"}, exclude_defaults=True)
-    return " ".join([strategy.kind, *(f"{name}={value}" for name, value in chosen.items())])
 
 
 def _reporter(take_back: Callable[[], bool], leave: Callable[[], None]) -> Callable[[Cause], None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ from understudy.recipe import teachers as sections
 from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
+from understudy.strategies.held import held_bytes
 from understudy.strategies.teaching import hold, hold_sharded
 from understudy.training.aligning import align_teacher
 from understudy.training.hidden_states import matched_layers
@@ -88,15 +90,20 @@ def find_teachers(
                 aligned = align_teacher(
                     recipe, sources, section, opened, student_tokenizer, vocabulary, train, evaluation, report
                 )
-                places.append(aligned)
+                places.append(replace(aligned, parameters=_parameters(opened)))
                 continue
             shared = judge_teacher(opened, section.path, student_tokenizer, longest)
         cache = None
         if isinstance(section, sections.CachedTeacher):
             description = describe_cache(recipe, section, opened, student_tokenizer, shared)
             cache = require_examples(sources, description, data)
-        places.append(TeacherPlace(opened.directory, cache, shared))
+        runs = 0 if cache else _parameters(opened)
+        places.append(TeacherPlace(opened.directory, cache, shared, parameters=runs))
     return tuple(places)
+
+
+def _parameters(opened: OpenedTeacher) -> int:
+    return sum(parameter.numel() for parameter in opened.model.parameters())
 
 
 def _require_device(section: sections.OneTeacher, recipe: Recipe) -> None:
@@ -132,12 +139,13 @@ def make_teaching(
             server = make_server_teacher(section, place, world.rank, say)
             made.append(Teaching(server, place.shared_classes, server.ask))
         else:
-            teacher = _teacher(recipe, section, place, student, strategy, device, world)
-            made.append(Teaching(teacher, place.shared_classes))
+            teacher, held = _teacher(recipe, section, place, student, strategy, device, world)
+            made.append(Teaching(teacher, place.shared_classes, held_bytes=held))
     if not isinstance(objective.teacher, sections.SeveralTeachers):
         return made[0]
     together = SeveralTeachers(tuple(zip(objective.teacher.shares, made)))
-    return Teaching(together, None, together.ask if any(each.ask for each in made) else None)
+    ask = together.ask if any(each.ask for each in made) else None
+    return Teaching(together, None, ask, sum(each.held_bytes for each in made))
 
 
 def _teacher(
@@ -148,27 +156,32 @@ def _teacher(
     strategy: Strategy,
     device: torch.device,
     world: World,
-) -> Teacher:
+) -> tuple[Teacher, int]:
+    """The teacher, and the bytes of weights that it holds in this process beside the student's."""
     pairs = matched_layers(recipe, student, place)
     if isinstance(section, sections.BaseTeacher):
-        return BaseTeacher(strategy, partial(without_adapter, student), student.head, pairs)
+        return BaseTeacher(strategy, partial(without_adapter, student), student.head, pairs), 0
     assert isinstance(section, sections.LocalTeacher), "servers are no part of this process"
     assert place.directory is not None, "the parent found it"
     dtype = teacher_dtype(recipe, section)
     opened = open_teacher(place.directory, dtype)
     if isinstance(section, sections.CachedTeacher):
         assert place.cache is not None, "the parent found it"
-        return CachedTeacher(TeacherCache.open(place.cache), _head(section, opened, device, dtype))
+        alone = _head(section, opened, device, dtype)
+        held = 0 if alone is None else held_bytes(alone).frozen
+        return CachedTeacher(TeacherCache.open(place.cache), alone), held
     if isinstance(section, sections.ShardedTeacher):
         hold_sharded(opened.model, opened.read, device, dtype, world)
-        return _reading(ModelTeacher(opened.model, opened.model.head, device, pairs), place, device)
+        teacher = ModelTeacher(opened.model, opened.model.head, device, pairs)
+        return _reading(teacher, place, device), held_bytes(opened.model).frozen
     assert isinstance(section, sections.ResidentTeacher), "what is left"
     placed = _placed(section, device, world)
     hold(opened.model, opened.read, placed, dtype)
     head = opened.model.head
     # Hidden states go from device to device, not logits, so the head is where they are wanted.
     head = head if placed == device else deepcopy(head).to(device)
-    return _reading(ModelTeacher(opened.model, head, placed, pairs), place, device)
+    teacher = ModelTeacher(opened.model, head, placed, pairs)
+    return _reading(teacher, place, device), held_bytes(opened.model).frozen
 
 
 def _reading(teacher: ModelTeacher, place: TeacherPlace, device: torch.device) -> Teacher:

@@ -134,6 +134,12 @@ def _train_and_save(
     companions = make_companions(job.model_directory, recipe.model, tokenizer, cache, job.adapter_directory)
     data = training_data(recipe, cache, model.config.get_text_config().hidden_size, world.rank, world.size)
     teaching = make_teaching(recipe, job.teachers, model, strategy, torch_device, world, console.say)
+    if teaching is not None and teaching.held_bytes:
+        held = strategy.held_bytes()
+        console.say(
+            f"each process holds {teaching.held_bytes:,} bytes of the teacher's weights beside "
+            f"{held.frozen + held.trained:,} of the student's"
+        )
     asking = make_asking(teaching, stop)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:

@@ -31,6 +31,8 @@ class Teaching(NamedTuple):
     ask: Callable[[Sequence[Batch]], Sequence[Any]] | None = None
     """For one that is asked before the step, what it says about each batch, for `Batch.targets`. It may take long, on a
     thread of its own; no collective. Raises `ServerError`."""
+    held_bytes: int = 0
+    """Of weights in this process, beside the student's."""
 
 
 def supervised_positions(batch: Batch) -> Tensor:
