@@ -74,9 +74,11 @@ class TeacherServer:
 
     def answer(self, question: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         """Status and JSON, the refusals in vLLM's words."""
-        k, prompt = question["prompt_logprobs"], question["prompt"]
         if question["model"] != self.name:
             return _refused(404, f"The model `{question['model']}` does not exist.")
+        if "return_token_ids" in question:
+            return 200, {"choices": [{"index": 0, "text": "x", "token_ids": self._going_on(question)}]}
+        k, prompt = question["prompt_logprobs"], question["prompt"]
         if k > self.most:
             return _refused(400, f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.most}")
         limit = self._model.config.max_position_embeddings
@@ -93,6 +95,17 @@ class TeacherServer:
             entries.append({str(token): _told(float(row[token]), rank) for token, rank in ranks.items()})
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}
         return 200, {"object": "text_completion", "model": self.name, "choices": [choice]}
+
+
+    def _going_on(self, question: dict[str, Any]) -> list[int]:
+        """The likeliest continuation, whatever the temperature; its stop token included."""
+        tokens = list(question["prompt"])
+        with self._lock, torch.no_grad():
+            for _ in range(question["max_tokens"]):
+                tokens.append(int(self._model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax()))
+                if tokens[-1] in question["stop_token_ids"]:
+                    break
+        return tokens[len(question["prompt"]) :]
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -50,6 +50,10 @@ class OnPolicy(Section):
     """Base address of an OpenAI-compatible server that serves the student, in place of generating here."""
     model: str | None = None
     """The name under which it does; `model.path` when left out."""
+    timeout: Annotated[float, Field(gt=0.0, le=86_400.0)] = 300.0
+    """Seconds until a request to it counts as lost."""
+    retries: Annotated[int, Field(ge=0, le=1000)] = 5
+    """How often a request that failed is made again, each time after a longer wait."""
 
 
 class Distillation(Section):

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,9 @@ from understudy.objectives.teachers.teacher import Teaching
 from understudy.training.loop import Data
 from understudy.training.stopping import StopRequest
 
-__all__ = ["AskedData", "Asking", "make_asking"]
+__all__ = ["AgreedWaiting", "AskedData", "Asking", "make_asking"]
 
+Answer = TypeVar("Answer")
 Ask = Callable[[Sequence[Batch]], Sequence[Any]]
 Answered = tuple[Batch, ...]
 
@@ -27,24 +28,25 @@ LOOK_UP_SECONDS = 1.0
 """Between two times that waiting ranks tell each other how they fare: a request to stop waits this much longer."""
 
 
-class Asking:
-    """Asks on a thread, and agrees with all ranks on what came of it.
+class AgreedWaiting:
+    """Has questions asked on a thread, and agrees with all ranks on what came of it.
 
     A rank that raised alone would leave its peers in a collective that never ends, so a failure of one is raised by
     all, and so is a request to stop that comes while any of them waits.
     """
 
-    def __init__(self, ask: Ask, stop: StopRequest) -> None:
-        self._ask = ask
+    def __init__(self, stop: StopRequest, whom: str) -> None:
+        """`whom` is who is asked, in words."""
         self._stop = stop
+        self._whom = whom
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="asking")
 
-    def begin(self, batches: Sequence[Batch]) -> Future[Answered]:
-        """Asks about this rank's `batches`. No collective."""
-        return self._thread.submit(self._answered, batches)
+    def begin(self, ask: Callable[[], Answer]) -> Future[Answer]:
+        """No collective."""
+        return self._thread.submit(ask)
 
-    def wait(self, asked: Future[Answered]) -> Answered:
-        """The batches with their answers; a collective. Raises `LostTeacherError` when some rank got none, and
+    def wait(self, asked: Future[Answer]) -> Answer:
+        """This rank's answer; a collective. Raises `LostTeacherError` when some rank got none, and
         `StoppedWaitingError` when some rank was asked to stop before all had theirs, on all ranks alike."""
         rank, size = dist.get_rank(), dist.get_world_size()
         while True:
@@ -57,11 +59,27 @@ class Asking:
             if failed:
                 said = [failure]
                 dist.broadcast_object_list(said, src=size - failed, device=torch.device("cpu"))
-                raise LostTeacherError(f"the teacher cannot be asked: {said[0]}")
+                raise LostTeacherError(f"{self._whom} cannot be asked: {said[0]}")
             if not waiting:
                 return asked.result()
             if stopped:
                 raise StoppedWaitingError(f"stopped by {signal.Signals(stopped).name}")
+
+
+class Asking:
+    """Asks a teacher about batches; all ranks wait together (`AgreedWaiting`)."""
+
+    def __init__(self, ask: Ask, stop: StopRequest) -> None:
+        self._ask = ask
+        self._waiting = AgreedWaiting(stop, "the teacher")
+
+    def begin(self, batches: Sequence[Batch]) -> Future[Answered]:
+        """Asks about this rank's `batches`. No collective."""
+        return self._waiting.begin(lambda: self._answered(batches))
+
+    def wait(self, asked: Future[Answered]) -> Answered:
+        """The batches with their answers; a collective. Raises as `AgreedWaiting.wait`."""
+        return self._waiting.wait(asked)
 
     def answered(self, batches: Sequence[Batch]) -> Answered:
         """Asks, and waits; a collective."""
@@ -105,7 +123,7 @@ def make_asking(teaching: Teaching | None, stop: StopRequest) -> Asking | None:
     return None if teaching is None or teaching.ask is None else Asking(teaching.ask, stop)
 
 
-def _failure(asked: Future[Answered]) -> str | None:
+def _failure(asked: Future[Any]) -> str | None:
     """Why a teacher gave no answer. Raises any other failure: that is a mistake of ours."""
     error = asked.exception()
     if error is not None and not isinstance(error, ServerError):

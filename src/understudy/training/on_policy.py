@@ -18,7 +18,10 @@ from understudy.data.cache import TokenCache
 from understudy.parallel.world import World
 from understudy.recipe.objectives import Distillation, OnPolicy
 from understudy.recipe.schema import Recipe
+from understudy.training.asking import AgreedWaiting
 from understudy.training.generation import Chance, generate
+from understudy.training.served_answers import ServedAnswers, served_name
+from understudy.training.stopping import StopRequest
 
 __all__ = ["Answers", "OnPolicyData", "is_on_policy", "longest_answered", "with_own_answers"]
 
@@ -106,18 +109,25 @@ def with_own_answers(
     stops: frozenset[int],
     document_limit: int | None,
     world: World,
+    stop: StopRequest,
 ) -> TrainingData | OnPolicyData:
     """`data` of `cache`, with the student's answers in the steps that the recipe says. `strategy` trains the student,
-    `stops` end its answers, `document_limit` is its positions."""
+    `stops` end its answers, `document_limit` is its positions, `stop` may end a wait for a server."""
     objective, micro_batch_tokens = recipe.objective, recipe.training.micro_batch_tokens
     assert micro_batch_tokens != "auto", "the recipe must be resolved first"
     if not isinstance(objective, Distillation) or not objective.on_policy_fraction:
         return data
+    settings = objective.on_policy
+    if settings.endpoint is None:
+        said: Answers = partial(_own_answers, strategy, settings, stops, micro_batch_tokens, world)
+    else:
+        waiting = AgreedWaiting(stop, "the server of the student")
+        said = ServedAnswers(settings, served_name(recipe, settings), stops, waiting, world)
     return OnPolicyData(
         data=data,
         cache=cache,
-        answers=partial(_own_answers, strategy, objective.on_policy, stops, micro_batch_tokens, world),
-        settings=objective.on_policy,
+        answers=said,
+        settings=settings,
         fraction=objective.on_policy_fraction,
         longest=longest_answered(recipe, document_limit),
         seed=recipe.training.seed,

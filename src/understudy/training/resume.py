@@ -25,6 +25,10 @@ DETERMINING = ("model", "objective", "adapter", "quantization", "optimizer", "sc
 NOT_DETERMINING = (
     "adapter.path",  # what it gave is in the checkpoint
     "model.attention",
+    "objective.on_policy.endpoint",
+    "objective.on_policy.model",
+    "objective.on_policy.retries",
+    "objective.on_policy.timeout",
     "model.tokenizer",  # the digest of the prepared data tells
     "model.trust_remote_code",
     "training.activation_checkpointing",

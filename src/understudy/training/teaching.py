@@ -36,6 +36,7 @@ from understudy.training.aligning import align_teacher
 from understudy.training.hidden_states import matched_layers
 from understudy.training.job import TeacherPlace
 from understudy.training.on_policy import longest_answered
+from understudy.training.served_answers import require_student_server
 from understudy.training.teacher_cache import Examples, describe_cache, require_examples
 from understudy.training.teacher_model import (
     TEACHER,
@@ -48,6 +49,8 @@ from understudy.training.teacher_model import (
 from understudy.training.teacher_server import find_server, make_server_teacher
 
 __all__ = ["find_teachers", "make_teaching"]
+
+ON_POLICY = "objective.on_policy"
 
 
 def find_teachers(
@@ -70,6 +73,9 @@ def find_teachers(
     longest = max(int(cache.lengths.max()) for cache in data)
     if objective.on_policy_fraction:
         longest = longest_answered(recipe, student.document_limit)
+        if objective.on_policy.endpoint is not None:
+            with sources.placing(f"{ON_POLICY}.endpoint"):
+                require_student_server(recipe, objective.on_policy, f"{ON_POLICY}.endpoint")
     places = []
     several = isinstance(objective.teacher, sections.SeveralTeachers)
     for i, section in enumerate(objective.teachers):

@@ -171,6 +171,7 @@ def _train_and_save(
             stops=companions.stops,
             document_limit=model.document_limit,
             world=world,
+            stop=stop,
         )
         train(
             state,

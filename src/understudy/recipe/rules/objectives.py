@@ -153,8 +153,10 @@ def on_policy_settings_are_read(recipe: Recipe) -> Violations:
             "objective.on_policy",
             "no step trains on the student's own answers; set `objective.on_policy_fraction`, or remove `on_policy`.",
         )
-    if objective.on_policy.model is not None and objective.on_policy.endpoint is None:
-        yield "objective.on_policy.model", "`model` names what an endpoint serves; set `endpoint`, or remove it."
+    if objective.on_policy.endpoint is None:
+        for name in ("model", "timeout", "retries"):
+            if name in objective.on_policy.model_fields_set:
+                yield f"objective.on_policy.{name}", f"`{name}` is of an endpoint; set `endpoint`, or remove it."
 
 
 @rule
