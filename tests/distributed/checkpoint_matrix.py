@@ -99,9 +99,14 @@ class Matrix:
         tied: bool = True,
         sizes: Mapping[str, int] = MappingProxyType({}),
         adapted: Adapted | None = None,
+        taught: bool = False,
     ) -> None:
+        """`taught`: a wider teacher's hidden states are learned too, by maps that train beside the model."""
         self.root = root
         self.adapted = adapted
+        self.teacher = root / "teacher" if taught else None
+        if self.teacher is not None:
+            scenario.write_model(self.teacher, tied=False, hidden_size=48, intermediate_size=80, seed=5)
         self.model = root / "model" if adapted is None else adapted.base
         if adapted is None:
             scenario.write_model(self.model, tied=tied, **sizes)
@@ -154,9 +159,12 @@ class Matrix:
         return problems
 
     def _case(self, place: Place) -> dict[str, Any]:
-        adapted = self.adapted
+        adapted, parts = self.adapted, recipe(self.model, place)
+        if self.teacher is not None:
+            teacher = {"kind": "resident", "path": str(self.teacher)}
+            parts["objective"] = {"kind": "distillation", "teacher": teacher, "hidden_states": {"loss": "cosine"}}
         return {
-            "recipe": recipe(self.model, place) | ({} if adapted is None else {"adapter": adapted.settings}),
+            "recipe": parts | ({} if adapted is None else {"adapter": adapted.settings}),
             "model": str(self.model),
             "adapter": None if adapted is None or adapted.directory is None else str(adapted.directory),
             "saved_step": SAVED_STEP,

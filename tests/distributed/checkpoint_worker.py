@@ -14,13 +14,14 @@ import torch
 
 from tests.distributed import scenario
 from understudy.checkpoint.form import Form
-from understudy.checkpoint.loading import open_optimizer_state
+from understudy.checkpoint.loading import open_maps, open_optimizer_state
 from understudy.checkpoint.progress import Progress, read_progress
 from understudy.checkpoint.saver import CheckpointSaver, SaveSettings
 from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
-from understudy.contracts import LossScale, Strategy
+from understudy.contracts import LossScale, Objective, Strategy
 from understudy.devices.device import find_device
 from understudy.models.adapters.directory import SETTINGS, WEIGHTS
+from understudy.models.names import is_beside_model
 from understudy.models.weights import WeightReader
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
@@ -29,25 +30,36 @@ from understudy.recipe.environment import process_environment
 from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import adapted_model
+from understudy.training.hidden_states import with_maps
+from understudy.training.job import TeacherPlace
+from understudy.training.teaching import make_teaching
 
 
-def build(case: dict[str, Any], saved: Path | None, world: World) -> tuple[Strategy, Form]:
+def build(case: dict[str, Any], checkpoint: Path | None, world: World) -> tuple[Strategy, Form, Objective]:
     recipe, model, device = Recipe.model_validate(case["recipe"]), Path(case["model"]), find_device()
+    saved = None if checkpoint is None else checkpoint / "model"
     if case["adapter"] is None:
         adapted = adapted_model(recipe, saved or model, None)
     else:
         adapted = adapted_model(recipe, model, saved or Path(case["adapter"]))
-    strategy = make_strategy(recipe, device.torch_device(world.local_rank), world)
+    teachers = [TeacherPlace(Path(each.path), None, scenario.VOCABULARY) for each in teachers_of(recipe)]
+    adapted, torch_device = with_maps(adapted, recipe, teachers, checkpoint), device.torch_device(world.local_rank)
+    strategy = make_strategy(recipe, torch_device, world)
     strategy.build(
         lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw)
     )
     strategy.load_state(adapted.read)
-    return strategy, adapted.form
+    teaching = make_teaching(recipe, teachers, adapted.model, strategy, torch_device, world)
+    return strategy, adapted.form, make_objective(recipe.objective, teaching)
 
 
-def train(strategy: Strategy, recipe: Recipe, steps: range, world: World) -> list[str]:
+def teachers_of(recipe: Recipe) -> Any:
+    return getattr(recipe.objective, "teachers", ())
+
+
+def train(strategy: Strategy, objective: Objective, recipe: Recipe, steps: range, world: World) -> list[str]:
     """Losses and norms, to the bit."""
-    objective, seen = make_objective(recipe.objective), []
+    seen = []
     for step in steps:
         count = scenario.num_supervised(scenario.global_batch(step))
         total = strategy.forward_backward(scenario.micro_batches(step, world.rank, world.size), objective, count)
@@ -58,8 +70,8 @@ def train(strategy: Strategy, recipe: Recipe, steps: range, world: World) -> lis
 
 def save_and_go_on(case: dict[str, Any], world: World) -> dict[str, Any]:
     recipe, store = Recipe.model_validate(case["recipe"]), CheckpointStore(Path(case["at"]))
-    strategy, form = build(case, None, world)
-    before = train(strategy, recipe, range(case["saved_step"]), world)
+    strategy, form, objective = build(case, None, world)
+    before = train(strategy, objective, recipe, range(case["saved_step"]), world)
     settings = SaveSettings(
         store=store,
         keep=1,
@@ -73,7 +85,7 @@ def save_and_go_on(case: dict[str, Any], world: World) -> dict[str, Any]:
     )
     saver = CheckpointSaver(strategy, settings, world.rank, world.size)
     saver.save(Progress(case["saved_step"], 0.5, 7, {}, "", "", strategy.loss_scale, None, {}))
-    after = train(strategy, recipe, range(case["saved_step"], case["steps"]), world)
+    after = train(strategy, objective, recipe, range(case["saved_step"], case["steps"]), world)
     saver.wait()
     return {"before": before, "after": after}
 
@@ -88,31 +100,34 @@ def write_companions(case: dict[str, Any], directory: Path) -> None:
 
 def resume(case: dict[str, Any], world: World) -> dict[str, Any]:
     recipe, saved = Recipe.model_validate(case["recipe"]), Path(case["saved"])
-    strategy, form = build(case, saved / "model", world)
+    strategy, form, objective = build(case, saved, world)
     stored = open_optimizer_state(saved)
     strategy.load_optimizer_state(stored)
     if (scale := read_progress(saved).loss_scale) is not None:
         strategy.loss_scale = LossScale(*scale)
     differing = []
     weights = WeightReader(saved / "model", only=None if case["adapter"] is None else WEIGHTS)
-    kept = [name for name in strategy.layout() if form.keeps(name)]
-    owner = {name: i % world.size for i, name in enumerate([*kept, *strategy.optimizer_layout()])}
+    kept, maps = [name for name in strategy.layout() if form.keeps(name)], open_maps(saved)
+    owner = {name: i % world.size for i, name in enumerate([*kept, *maps, *strategy.optimizer_layout()])}
     for name, tensor in strategy.state(owner.get):
-        for key, part in form.parts(name, tensor):
-            if not same_bits(part, weights(key)[()]):
-                differing.append(key)
+        if name in maps:
+            parts = [(name, tensor, maps[name][()])]
+        else:
+            parts = [(key, part, weights(key)[()]) for key, part in form.parts(name, tensor)]
+        differing += [key for key, part, stored_part in parts if not same_bits(part, stored_part)]
     for name, tensor in strategy.optimizer_state(owner.__getitem__):
         parameter, _, key = name.rpartition(".")
         # 8-bit moments of what is small in one place and large in another are kept in another form.
         if key not in stored[parameter] or not same_bits(tensor, stored[parameter][key][()]):
             differing.append(name)
     layout = strategy.layout()
+    all_of_model = [name for name in layout if not is_beside_model(name)]
     stored_weights = sum(len(form.specs(name, layout[name])) for name in kept)
     return {
         "differing": differing,
-        "compared": stored_weights + len(strategy.optimizer_layout()),
-        "stored": len(weights.names()) + sum(map(len, stored.values())),
-        "after": train(strategy, recipe, range(case["saved_step"], case["steps"]), world),
+        "compared": stored_weights + len(layout) - len(all_of_model) + len(strategy.optimizer_layout()),
+        "stored": len(weights.names()) + len(maps) + sum(map(len, stored.values())),
+        "after": train(strategy, objective, recipe, range(case["saved_step"], case["steps"]), world),
     }
 
 

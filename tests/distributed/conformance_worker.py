@@ -25,6 +25,7 @@ from understudy.recipe.environment import process_environment
 from understudy.recipe.schema import Recipe
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import adapted_model
+from understudy.training.hidden_states import with_maps
 from understudy.training.job import TeacherPlace
 from understudy.training.teaching import make_teaching
 
@@ -79,13 +80,14 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     device = find_device()
     strategy = make_strategy(recipe, device.torch_device(world.local_rank), world)
     adapted = adapted_model(recipe, directory, None if case["adapter"] is None else Path(case["adapter"]))
+    teachers = [place_of(section) for section in getattr(recipe.objective, "teachers", ())]
+    if case["teachers"] is not None:
+        teachers = [TeacherPlace.of_json(place) for place in case["teachers"]]
+    adapted = with_maps(adapted, recipe, teachers, None)
     trained = trained_names(adapted.model)
     strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=False))
     reader = CountingReader(adapted.read)
     strategy.load_state(reader)
-    teachers = [place_of(section) for section in getattr(recipe.objective, "teachers", ())]
-    if case["teachers"] is not None:
-        teachers = [TeacherPlace.of_json(place) for place in case["teachers"]]
     objective = make_objective(
         recipe.objective,
         make_teaching(recipe, teachers, adapted.model, strategy, device.torch_device(world.local_rank), world),

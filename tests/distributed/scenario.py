@@ -15,9 +15,12 @@ from typing import Any
 import peft
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from tests.divergence_formulas import formula, universal_distance
 from understudy.contracts import IGNORED, Batch
+from understudy.models.layer_maps import first_map
+from understudy.models.names import map_name
 
 VOCABULARY = 64
 ADAPTERS_OWN = re.compile(r"lora_|ia3_|vera_lambda|adaption_|prompt_encoder|modules_to_save")
@@ -31,15 +34,16 @@ def write_model(
     hidden_size: int = 32,
     intermediate_size: int = 64,
     vocabulary: int = VOCABULARY,
+    layers: int = 2,
     seed: int = 0,
 ) -> None:
-    """A random two-layer Llama, fp32, as a Hugging Face directory."""
+    """A random Llama, fp32, as a Hugging Face directory."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
@@ -118,6 +122,17 @@ class OtherReading:
 
 
 @dataclass(frozen=True)
+class Matched:
+    """Which outputs of layers are held to a teacher's."""
+
+    loss: str
+    weight: float
+    pairs: tuple[tuple[int, int], ...]
+    seed: int = 42
+    """Of the maps' first values."""
+
+
+@dataclass(frozen=True)
 class Distilled:
     """What is learned of a teacher instead of the labels alone."""
 
@@ -128,9 +143,44 @@ class Distilled:
     cross_entropy_weight: float
     reading: OtherReading | None = None
     """Of a teacher with another vocabulary."""
+    hidden: Matched | None = None
+
+    def first_maps(self, own: int, theirs: int) -> dict[str, torch.nn.Parameter]:
+        """By name, in fp64; none where widths are equal."""
+        if self.hidden is None or own == theirs:
+            return {}
+        shape, seed = (theirs, own), self.hidden.seed
+        return {
+            map_name(layer): torch.nn.Parameter(first_map(seed, layer, shape).double())
+            for layer in dict.fromkeys(own for own, _ in self.hidden.pairs)
+        }
 
 
-def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, teacher: Any) -> torch.Tensor:
+class Layers:
+    """What the layers of a model put out, of each document that it reads."""
+
+    def __init__(self, model: Any) -> None:
+        self.outputs: list[torch.Tensor] = []
+        members = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+        members[0].register_forward_pre_hook(lambda *_: self.outputs.clear())
+        for module in members:
+            module.register_forward_hook(lambda _, inputs, output: self.outputs.append(output[0]))
+
+
+def layers_apart(wanted: Matched, own: list[torch.Tensor], theirs: list[torch.Tensor], maps: Any) -> torch.Tensor:
+    total = torch.zeros((), dtype=torch.float64)
+    for layer, other in wanted.pairs:
+        mapped = own[layer] @ maps[map_name(layer)].T if map_name(layer) in maps else own[layer]
+        if wanted.loss == "mse":
+            total = total + (mapped - theirs[other]).square().mean(dim=1).sum()
+        else:
+            total = total + (1 - torch.nn.functional.cosine_similarity(mapped, theirs[other], dim=1)).sum()
+    return total / len(wanted.pairs)
+
+
+def distilled_loss(
+    model: Any, documents: list[Document], wanted: Distilled, teacher: Any, watched: list[Layers], maps: Any
+) -> torch.Tensor:
     total = torch.zeros((), dtype=torch.float64)
     tau, weight = wanted.temperature, wanted.cross_entropy_weight
     for tokens, labels in documents:
@@ -143,11 +193,15 @@ def distilled_loss(model: Any, documents: list[Document], wanted: Distilled, tea
             continue
         with torch.no_grad(), model.disable_adapter() if teacher is None else nullcontext():
             told = (teacher or model)(input_ids=tokens[None]).logits[0][at]
+            theirs = [output[at] for output in watched[-1].outputs]
         said = model(input_ids=tokens[None]).logits[0][at]
         p, q = (torch.log_softmax(logits / tau, dim=1) for logits in (told, said))
         apart = formula(wanted.divergence)(p, q).sum()
         entropy = torch.nn.functional.cross_entropy(said, labels[at], reduction="sum")
         total = total + (1 - weight) * tau**2 * apart + weight * entropy
+        if wanted.hidden is not None:
+            own = [output[at] for output in watched[0].outputs]
+            total = total + wanted.hidden.weight * layers_apart(wanted.hidden, own, theirs, maps)
     return total
 
 
@@ -192,7 +246,12 @@ def solve(
     for name, parameter in model.named_parameters():
         if trained is not None:
             parameter.requires_grad_(trained.search(name) is not None)
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    teacher = None
+    if distilled is not None and distilled.teacher is not None:
+        teacher = AutoModelForCausalLM.from_pretrained(distilled.teacher, dtype=torch.float64)
+    watched = [Layers(each) for each in (model, teacher) if each is not None]
+    maps = {} if distilled is None else distilled.first_maps(*(m.config.hidden_size for m in (model, teacher or model)))
+    learned = [parameter for parameter in (*model.parameters(), *maps.values()) if parameter.requires_grad]
     matrices = [parameter for parameter in learned if parameter.ndim > 1]
     vectors = [parameter for parameter in learned if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -200,14 +259,11 @@ def solve(
         torch_optimizer: torch.optim.Optimizer = torch.optim.SGD(groups, lr=learning_rate)
     else:
         torch_optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), eps=1e-8)
-    teacher = None
-    if distilled is not None and distilled.teacher is not None:
-        teacher = AutoModelForCausalLM.from_pretrained(distilled.teacher, dtype=torch.float64)
 
     def summed(documents: list[Document]) -> torch.Tensor:
-        return (
-            summed_loss(model, documents) if distilled is None else distilled_loss(model, documents, distilled, teacher)
-        )
+        if distilled is None:
+            return summed_loss(model, documents)
+        return distilled_loss(model, documents, distilled, teacher, watched, maps)
 
     losses, norms = [], []
     for step in range(steps):
@@ -230,4 +286,4 @@ def solve(
         weights = {name.removeprefix("base_model.model."): value.detach() for name, value in stored.items()}
         if hasattr(embeddings, "modules_to_save"):
             del weights["lm_head.weight"]
-    return Solution(losses, norms, evaluation, weights)
+    return Solution(losses, norms, evaluation, weights | {name: value.detach() for name, value in maps.items()})

@@ -37,7 +37,8 @@ def test_adapters_resume_under_another_strategy_to_the_bit(kind: str, quantized:
     bases = Bases(tmp_path / "bases")
     directory = None if kind == "freeze" else bases.adapter(kind, quantized=quantized)
     settings = FREEZE if kind == "freeze" else ADAPTERS[kind]
-    matrix = Matrix(tmp_path, adapted=Adapted(bases.directory(quantized=quantized), settings, directory))
+    adapted = Adapted(bases.directory(quantized=quantized), settings, directory)
+    matrix = Matrix(tmp_path, adapted=adapted, taught=kind != "pissa")
     matrix.save([Place(2, "fsdp"), Place(2, "zero3")])
     assert matrix.resume([Place(1, "ddp"), *(Place(2, strategy) for strategy in ("fsdp", "zero2", "zero3"))]) == []
 

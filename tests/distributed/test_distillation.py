@@ -45,13 +45,20 @@ KINDS = {
 }
 """Of teachers: divergence, temperature and weight of the cross-entropy. The foreign one, which is sharded, has another
 vocabulary and reads other documents."""
+HIDDEN = {
+    "resident": (scenario.Matched("mse", 0.5, ((0, 2), (1, 0), (1, 2))), None),
+    "sharded": (scenario.Matched("cosine", 3.0, ((0, 1), (1, 2))), "uniform"),
+    "base": (scenario.Matched("mse", 2.0, ((0, 0), (1, 1))), "uniform"),
+}
+"""Of teachers: which hidden states are held to theirs, and what the recipe says in place of pairs. Maps take those of
+the student to the width of the resident and the sharded one, which have three layers; the base has its own."""
 
 
 class Models:
     def __init__(self, root: Path) -> None:
         self.bases = Bases(root)
         self.teacher = root / "teacher"
-        scenario.write_model(self.teacher, tied=False, hidden_size=48, intermediate_size=80, seed=5)
+        scenario.write_model(self.teacher, tied=False, hidden_size=48, intermediate_size=80, layers=3, seed=5)
         self.foreign = root / "foreign"
         scenario.write_model(self.foreign, tied=False, vocabulary=FOREIGN_VOCABULARY, seed=6)
         self.reading, self.foreign_place = foreign_reading(root, self.foreign)
@@ -61,13 +68,20 @@ class Models:
         section = {"kind": kind} if kind == "base" else {"kind": kind, "path": str(self.teacher)}
         if kind == "foreign":
             section = {"kind": "sharded", "path": str(self.foreign)}
-        objective = {
+        objective: dict[str, Any] = {
             "kind": "distillation",
             "teacher": section,
             "divergence": divergence,
             "temperature": temperature,
             "cross_entropy_weight": weight,
         }
+        if kind in HIDDEN:
+            hidden, layers = HIDDEN[kind]
+            objective["hidden_states"] = {
+                "loss": hidden.loss,
+                "weight": hidden.weight,
+                "layers": layers or hidden.pairs,
+            }
         parts: dict[str, Any] = {"objective": objective}
         adapter = None
         if kind == "base":
@@ -87,7 +101,8 @@ class Models:
     @cache  # noqa: B019  # one a module
     def solution(self, kind: str, optimizer: str, steps: int) -> scenario.Solution:
         teacher = {"base": None, "foreign": self.foreign}.get(kind, self.teacher)
-        distilled = scenario.Distilled(teacher, *KINDS[kind], self.reading if kind == "foreign" else None)
+        reading, (hidden, _) = self.reading if kind == "foreign" else None, HIDDEN.get(kind, (None, None))
+        distilled = scenario.Distilled(teacher, *KINDS[kind], reading, hidden)
         adapter = self.bases.adapter("dora", quantized=False) if kind == "base" else None
         return scenario.solve(
             self.bases.whole,
