@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
+from understudy.devices.build_failures import OperatorBuildError
 from understudy.errors import UserError
 from understudy.recipe.environment import extensions_directory
 from understudy.strategies.compiled_operators import build_operators, choose_directory
@@ -67,6 +69,58 @@ def test_a_failed_build_gives_the_compilers_words_and_the_way_out(directory: Pat
     )
     with pytest.raises(UserError, match=r"cpu_adam could not be compiled \(adam\.cpp:3:10: fatal error.*install"):
         build_operators(Accelerator(CPUAdamBuilder=Builder(problem)), ["CPUAdamBuilder"])
+
+
+COMMAND = "c++ -MMD -fPIC -O3 -c /ds/adam.cpp -o adam.o"
+NINJA = f"Error building extension 'cpu_adam': [1/3] {COMMAND}\nFAILED: adam.o\n{COMMAND}\n%s\nninja: build stopped."
+
+
+@pytest.mark.parametrize(
+    ("problem", "words", "fix"),
+    [
+        (RuntimeError(NINJA % "/bin/sh: 1: c++: not found"), "/bin/sh: 1: c++: not found", "install a C++ compiler"),
+        (FileNotFoundError(2, "No such file or directory", "c++"), "directory: 'c++'", "install a C++ compiler"),
+        (subprocess.CalledProcessError(1, ["which", "c++"]), "which", "install a C++ compiler"),
+        (
+            RuntimeError("Unable to JIT load the cpu_adam op due to ninja not being installed."),
+            "ninja",
+            "pip install ninja",
+        ),
+        (RuntimeError(NINJA % "adam.cpp:3:10: fatal error: Python.h: No such file"), "Python.h", "python3-dev"),
+        (RuntimeError(NINJA % "/tmp/a.s: Fatal error: cannot write: 'No space left on device'"), "space", "TMPDIR"),
+        (RuntimeError(NINJA % "c++: fatal error: Killed signal terminated program cc1plus"), "Killed", "MAX_JOBS=1"),
+        (RuntimeError(NINJA % "c++: error: unrecognized command-line option '-std=c++20'"), "c++20", "name it in CXX"),
+        (
+            Exception("Installed CUDA version 11.8 does not match the version torch was compiled with 12.8"),
+            "11.8",
+            "toolkit",
+        ),
+        (Exception("CUDA_HOME does not exist, unable to compile CUDA op(s)"), "CUDA_HOME", "toolkit"),
+        (ImportError("/x/cpu_adam.so: failed to map segment from shared object"), "map segment", "noexec"),
+        (
+            RuntimeError(NINJA % "adam.cpp:9:1: error: no matching function\nadam.cpp:7:1: note: candidate"),
+            "no matching",
+            "",
+        ),
+    ],
+)
+def test_the_compilers_words_are_told_with_what_to_do_about_them(problem: Exception, words: str, fix: str) -> None:
+    error = OperatorBuildError("cpu_adam", problem, Path("/cache/extensions"))
+    assert words in error.words
+    assert COMMAND not in str(error)
+    assert fix in error.fix
+    assert "{" not in error.fix
+
+
+def test_a_full_disk_is_named() -> None:
+    error = OperatorBuildError("cpu_adam", OSError(28, "No space left on device"), Path("/cache/extensions"))
+    assert "/cache/extensions" in error.fix
+
+
+def test_the_cause_under_an_error_counts_too() -> None:
+    problem = RuntimeError("Error building extension 'cpu_adam'")
+    problem.__cause__ = FileNotFoundError(2, "No such file or directory", "c++")
+    assert "C++ compiler" in OperatorBuildError("cpu_adam", problem, Path("/x")).fix
 
 
 def test_releases_do_not_share_a_directory_unless_the_user_names_one(

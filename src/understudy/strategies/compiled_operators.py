@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from understudy.errors import UserError
+from understudy.devices.build_failures import OperatorBuildError
 from understudy.recipe.cache_disk import writing_cache
 from understudy.recipe.environment import cache_directory, extensions_directory, set_build_environment
 
-__all__ = ["build_operators", "choose_directory"]
+__all__ = ["build_operators", "builders_for", "choose_directory"]
 
 STALE_LOCK = "lock"
 """Name of the file that PyTorch's extension loader holds while it builds."""
@@ -32,6 +32,17 @@ def choose_directory(deepspeed_version: str) -> None:
     set_build_environment(cache_directory() / "extensions" / release, Path(sys.executable).parent)
 
 
+def builders_for(accelerator: Any, *, host_optimizer: bool, nvme: bool) -> list[str]:
+    """DeepSpeed's names of what an engine needs on `accelerator`, with optimizer state in host memory, and with state
+    on a disk."""
+    builders = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
+    if host_optimizer:
+        builders.append("CPUAdamBuilder")
+    if nvme:
+        builders.append("AsyncIOBuilder")
+    return builders
+
+
 def build_operators(
     accelerator: Any, builders: Iterable[str], report: Callable[[str], None] = lambda line: None
 ) -> None:
@@ -39,7 +50,7 @@ def build_operators(
     takes a minute each; `report` is given a line about each of them. One that the accelerator does not have is left
     out.
 
-    Raises `UserError` with the compiler's words when one cannot be built. No collective.
+    Raises `OperatorBuildError` with the compiler's words when one cannot be built. No collective.
     """
     directory = extensions_directory()
     with writing_cache(directory):
@@ -55,14 +66,5 @@ def build_operators(
                 report(f"compiling DeepSpeed's operator {builder.name}, once on this machine; this can take minutes …")
             try:
                 builder.load(verbose=False)
-            except (RuntimeError, ImportError, OSError) as problem:
-                raise UserError(
-                    f"DeepSpeed's operator {builder.name} could not be compiled ({_compiler_words(problem)}); install "
-                    "a C++ compiler and Python's headers, or choose a strategy that does not need it: ddp or fsdp."
-                ) from problem
-
-
-def _compiler_words(problem: BaseException) -> str:
-    """The first line that names an error, else the first line."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [type(problem).__name__]
-    return next((line for line in lines if "error:" in line.lower()), lines[0])
+            except Exception as problem:  # DeepSpeed, PyTorch and the programs they run have one of their own each
+                raise OperatorBuildError(builder.name, problem, directory) from problem

@@ -21,7 +21,7 @@ from understudy.parallel.world import World
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.strategies.base import MakeModel, MakeOptimizer, ModuleStrategy, materialize
-from understudy.strategies.compiled_operators import build_operators, choose_directory
+from understudy.strategies.compiled_operators import build_operators, builders_for, choose_directory
 from understudy.strategies.engine_config import engine_config
 from understudy.strategies.host_adamw import make_host_adamw
 from understudy.strategies.precision import Precision, compute_in
@@ -46,11 +46,7 @@ def prepare(recipe: Recipe, report: Callable[[str], None]) -> None:
 def _build_operators(deepspeed: Any, recipe: Recipe, report: Callable[[str], None] = lambda line: None) -> None:
     _, optimizer, parameters = effective_deepspeed(cast(DeepSpeed, recipe.strategy))
     accelerator = deepspeed.accelerator.get_accelerator()
-    builders = ["ShareMemCommBuilder"] if accelerator.device_name() == "cpu" else []
-    if optimizer != "none":
-        builders.append("CPUAdamBuilder")
-    if "nvme" in (optimizer, parameters):
-        builders.append("AsyncIOBuilder")
+    builders = builders_for(accelerator, host_optimizer=optimizer != "none", nvme="nvme" in (optimizer, parameters))
     build_operators(accelerator, builders, report)
 
 
