@@ -108,7 +108,7 @@ class OtherDocument:
 
     tokens: torch.Tensor
     rows: tuple[int, ...]
-    """Which of the document's supervised positions it can be asked about,"""
+    """Which of the document's supervised positions it can be asked about (at each third other tokens follow),"""
     positions: tuple[int, ...]
     """and where these are to it."""
 
@@ -215,7 +215,7 @@ def read_otherwise(
     total = said.new_zeros(())
     for row, position in zip(other.rows, other.positions):
         p, q = (torch.softmax(logits / wanted.temperature, dim=0) for logits in (told[position], said[row]))
-        total = total + universal_distance(p, q, reading.matched)
+        total = total + universal_distance(p, q, reading.matched if row % 3 else ())
     return total
 
 

@@ -74,18 +74,19 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def spelled(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], dict[bytes, int]]:
-    """The tokens of both, 64 at most, and where a token begins that comes after these bytes of `text`. A special token
-    is the byte 255."""
+def spelled(tokenizer: Any, prompt: str, text: str) -> tuple[list[int], dict[bytes, tuple[int, bytes]]]:
+    """The tokens of both, 64 at most, and which of them, standing for which bytes, comes after these bytes of `text`. A
+    special token is the byte 255."""
     byte_of = {letter: bytes([byte]) for byte, letter in enumerate(two_tokenizers.letters())}
     tokens = tokenizer(prompt + text, add_special_tokens=False)["input_ids"][:64]
-    said, beginnings = b"", {}
+    said, found = b"", {}
     for place, token in enumerate(tokenizer.convert_ids_to_tokens(tokens)):
-        beginnings[said] = place
         special = token in tokenizer.get_added_vocab()
-        said += b"\xff" if special else b"".join(byte_of[letter] for letter in token)
+        stands_for = b"\xff" if special else b"".join(byte_of[letter] for letter in token)
+        found[said] = place, stands_for
+        said += stands_for
     head = prompt.replace("<s>", "\xff").replace("<end>", "\xff").encode("latin-1")
-    return tokens, {at[len(head) :]: place for at, place in beginnings.items() if at.startswith(head)}
+    return tokens, {at[len(head) :]: token for at, token in found.items() if at.startswith(head)}
 
 
 def first_loss(tmp_path: Path) -> tuple[float, str]:
@@ -97,24 +98,28 @@ def first_loss(tmp_path: Path) -> tuple[float, str]:
     theirs = {token: number for token, number in teacher.get_vocab().items() if token not in teacher.get_added_vocab()}
     matched = [(number, theirs[token]) for token, number in student.get_vocab().items() if token in theirs]
     matched.append((student.eos_token_id, teacher.eos_token_id))
-    supervised = aligned = total = 0
+    supervised = aligned = same = total = 0
     for line in (tmp_path / "data.jsonl").read_text().splitlines():
         asked, answered = (message["content"] for message in json.loads(line)["messages"])
         tokens, ours = spelled(student, f"user:\n{asked}<end>assistant:\n", f"{answered}<end>")
         read, others = spelled(teacher, f"<s>[{asked}]=", f"{answered}</s>")
         with torch.no_grad():
             said, told = (model(torch.tensor([ids])).logits[0] for model, ids in zip(models, (tokens, read)))
-        for before, place in ours.items():
+        for before, (place, stands_for) in ours.items():
             apart = 0.0
             if before in others:
-                aligned += 1
-                p = (told[others[before] - 1, : len(teacher)] / TEMPERATURE).softmax(0)
+                its_place, its = others[before]
+                p = (told[its_place - 1, : len(teacher)] / TEMPERATURE).softmax(0)
                 q = (said[place - 1, : len(student)] / TEMPERATURE).softmax(0)
-                apart = float(universal_distance(p, q, matched))
+                apart = float(universal_distance(p, q, matched if its == stands_for else ()))
+                aligned, same = aligned + 1, same + (its == stands_for)
             entropy = -float(said[place - 1].log_softmax(0)[tokens[place]])
             total += (1 - WEIGHT) * TEMPERATURE**2 * apart + WEIGHT * entropy
             supervised += 1
-    share = f"reads {aligned / supervised:.1%} of the supervised tokens' beginnings alike"
+    share = (
+        f"reads {aligned / supervised:.1%} of the supervised tokens' beginnings alike, and {same / supervised:.1%} of "
+    )
+    share += "whole tokens"
     return total / supervised, f"{share}; {len(matched)} of {len(student)} tokens are in both vocabularies"
 
 

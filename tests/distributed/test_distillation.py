@@ -117,8 +117,8 @@ class Models:
 
 
 def foreign_reading(root: Path, model: Path) -> tuple[scenario.OtherReading, TeacherPlace]:
-    """Other documents at random, shorter or longer ones, and about half of the positions aligned; of every fifth
-    document none is. Some tokens mean the same."""
+    """Other documents at random, shorter or longer ones, and about half of the positions aligned, a third of them where
+    other tokens follow; of every fifth document none is. Some tokens mean the same."""
     draw = random.Random(0)
     matched = tuple(zip(draw.sample(range(scenario.VOCABULARY), 40), draw.sample(range(FOREIGN_VOCABULARY), 40)))
     read, stored, examples = {}, {}, []
@@ -130,10 +130,10 @@ def foreign_reading(root: Path, model: Path) -> tuple[scenario.OtherReading, Tea
         positions = tuple(sorted(draw.sample(range(len(other) - 1), count)))
         read[tuple(tokens.tolist())] = scenario.OtherDocument(other, rows, positions)
         stored[example_key(tokens, supervised)] = AlignedDocument(
-            number, np.array(rows, np.int32), np.array(positions, np.int32)
+            number, np.array(rows, np.int32), np.array(positions, np.int32), np.array(rows) % 3 > 0
         )
         examples.append((other.tolist(), [1] * len(other)))
-    counts = AlignmentCounts(0, 0, len(matched), scenario.VOCABULARY, FOREIGN_VOCABULARY)
+    counts = AlignmentCounts(0, 0, 0, len(matched), scenario.VOCABULARY, FOREIGN_VOCABULARY)
     (root / "alignment").mkdir()
     write_aligned_documents(root / "alignment", stored, np.array(sorted(matched)), counts)
     cache = cache_of(root / "tokens", examples)

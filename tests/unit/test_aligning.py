@@ -88,13 +88,15 @@ def test_what_two_tokenizers_have_in_common_is_said_and_found_by_the_processes(
     write_teacher()
     assert train() == 0, capsys.readouterr().err
     # fine| world|END against fine| wor|l|d|END, and what comes before them a byte a token.
-    said = "the teacher teacher reads 100.0% of the supervised tokens' beginnings alike; 263 of 265 tokens are in both"
+    said = (
+        "reads 100.0% of the supervised tokens' beginnings alike, and 80.0% of whole tokens; 263 of 265 tokens are in"
+    )
     assert said in capsys.readouterr().out
     (teacher,) = read_job(Path("run/job.json")).teachers
     assert teacher.alignment is not None
     found = AlignedDocuments(teacher.alignment)
     assert found.counts == AlignmentCounts(
-        supervised=10, aligned=10, matched=263, student_classes=265, teacher_classes=263
+        supervised=10, aligned=10, same=8, matched=263, student_classes=265, teacher_classes=263
     )
     assert len(teacher.examples) == 1
 
@@ -158,15 +160,18 @@ def test_each_document_is_read_as_the_teacher_has_it(tmp_path: Path) -> None:
     cache = cache_of(tmp_path, examples)
     one, two, three = (torch.tensor(tokens) for tokens in ([1, 2, 3], [4, 5, 6, 7], [8, 9]))
     labels = [torch.tensor(values) for values in ([2, 3, IGNORED], [IGNORED, 6, 7, IGNORED], [9, IGNORED])]
-    none = np.zeros(0, np.int32)
+
+    def document(example: int, rows: list[int], positions: list[int], same: list[bool]) -> AlignedDocument:
+        return AlignedDocument(
+            example, np.array(rows, np.int32), np.array(positions, np.int32), np.array(same, np.bool_)
+        )
+
     documents = {
-        example_key(one, labels[0] != IGNORED): AlignedDocument(
-            0, np.array([0, 1], np.int32), np.array([1, 2], np.int32)
-        ),
-        example_key(two, labels[1] != IGNORED): AlignedDocument(2, np.array([1], np.int32), np.array([0], np.int32)),
-        example_key(three, labels[2] != IGNORED): AlignedDocument(-1, none, none),
+        example_key(one, labels[0] != IGNORED): document(0, [0, 1], [1, 2], [True, False]),
+        example_key(two, labels[1] != IGNORED): document(2, [1], [0], [True]),
+        example_key(three, labels[2] != IGNORED): document(-1, [], [], []),
     }
-    counts = AlignmentCounts(5, 3, 1, 10, 10)
+    counts = AlignmentCounts(5, 3, 2, 1, 10, 10)
     write_aligned_documents(tmp_path, documents, np.array([[3, 4]]), counts)
     model = Recorder()
     teacher = AlignedTeacher(model, AlignedDocuments(tmp_path), cache.tokens, torch.device("cpu"))
@@ -175,6 +180,7 @@ def test_each_document_is_read_as_the_teacher_has_it(tmp_path: Path) -> None:
     targets = teacher.targets(batch)
     assert len(targets) == 7
     assert targets.rows.tolist() == [1, 3, 4, 6]
+    assert targets.same.tolist() == [True, True, False, True]
     assert targets.told.logits(slice(0, 4)).tolist() == [[1, 0], [6, 1], [7, 2], [1, 0]]
     assert targets.vocabulary.student_of_teacher.tolist() == [-1, -1, -1, -1, 3, -1, -1, -1, -1, -1]
     assert (len(teacher.targets(Batch.of([]))), model.lengths) == (0, [[3, 4, 3], [1]])

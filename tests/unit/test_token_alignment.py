@@ -108,10 +108,12 @@ def aligned(student: Any, teacher: Any, said: Turns, read: Turns) -> list[tuple[
     for positions, side in ((found.student, one), (found.teacher, other)):
         assert side.supervised[positions + 1].all()
         assert (np.diff(positions) > 0).all()
-    return [
+    predicted = [
         (ours.texts[one.tokens[i + 1]], theirs.texts[other.tokens[j + 1]])
         for i, j in zip(found.student.tolist(), found.teacher.tolist())
     ]
+    assert found.same.tolist() == [text == told for text, told in predicted]
+    return predicted
 
 
 PLAIN = byte_level([], special=("<stop>",))
@@ -198,3 +200,4 @@ def test_the_same_tokens_are_all_aligned() -> None:
     supervised = np.flatnonzero(one.supervised[1:])
     assert np.array_equal(found.student, supervised)
     assert np.array_equal(found.teacher, supervised)
+    assert found.same.all()

@@ -73,19 +73,32 @@ def _with_all(student: Tensor, teacher: Tensor, divergence: Divergence, temperat
 
 
 def _with_aligned(student: Tensor, targets: AlignedPart, temperature: float) -> Comparison:
-    """Universal distance of the rows that have a counterpart; nothing of the others."""
-    vocabulary, rows = targets.vocabulary, targets.rows().to(student.device)
+    """Universal distance of the rows that have a counterpart; nothing of the others. Where the two go on with different
+    tokens, such as one with a part of the other's, which token has which probability is compared nowhere: the student
+    would learn to say the teacher's."""
+    vocabulary, same, rows = targets.whole.vocabulary, targets.same(), targets.rows().to(student.device)
     said = student[:, : vocabulary.student_classes]
     student_log = torch.log_softmax(_divided(said.index_select(0, rows), temperature), dim=1)
     told = targets.logits()[:, : vocabulary.teacher_classes].to(student.dtype)
-    choice = vocabulary.student_of_teacher.index_select(0, told.argmax(dim=1))
+    likeliest = told.argmax(dim=1)
     told = torch.log_softmax(_divided(told, temperature), dim=1)
-    value, derivative = universal_distance(told, student_log, vocabulary)
-    return Comparison(
-        student.new_zeros(len(student)).index_copy_(0, rows, value),
-        torch.zeros_like(said).index_copy_(0, rows, _through_softmax(derivative, student_log.exp_())),
-        choice.new_full((len(student),), -1).index_copy_(0, rows, choice),
+    result = Comparison(
+        student.new_zeros(len(student)), torch.zeros_like(said), torch.full_like(student[:, 0], -1, dtype=torch.int64)
     )
+    for alike in (True, False):
+        among = (same == alike).nonzero().squeeze(1).to(student.device)
+        if not len(among):
+            continue
+        classes = vocabulary if alike else vocabulary.apart()
+        teacher_part, student_part = (
+            each if len(among) == len(each) else each.index_select(0, among) for each in (told, student_log)
+        )
+        value, derivative = universal_distance(teacher_part, student_part, classes)
+        at = rows.index_select(0, among)
+        result.divergence.index_copy_(0, at, value)
+        result.gradient.index_copy_(0, at, _through_softmax(derivative, student_part.exp_()))
+        result.teacher_choice.index_copy_(0, at, classes.student_of_teacher[likeliest[among]])
+    return result
 
 
 def _with_largest(student: Tensor, targets: TopKTargets, divergence: Divergence, temperature: float) -> Comparison:

@@ -108,6 +108,8 @@ class AlignedTargets:
 
     rows: Tensor
     """[A] int64, ascending, on the CPU: which of the supervised positions those are."""
+    same: Tensor
+    """[A] bool, on the CPU: where both go on with the same token, so that it means something which has which."""
     told: DenseTargets
     """About them, A in number."""
     vocabulary: SharedVocabulary
@@ -118,7 +120,7 @@ class AlignedTargets:
         return self.count
 
     def part(self, rows: slice) -> AlignedPart:
-        return AlignedPart(self.rows, self.told, self.vocabulary, slice(0, self.count)).part(rows)
+        return AlignedPart(self, slice(0, self.count)).part(rows)
 
 
 @dataclass(frozen=True)
@@ -126,29 +128,30 @@ class AlignedPart:
     """Some of those positions. Logits are made when they are asked for: a larger vocabulary's take more memory than the
     chunk that was asked about."""
 
-    aligned: Tensor
-    """As `AlignedTargets.rows`."""
-    told: DenseTargets
-    vocabulary: SharedVocabulary
+    whole: AlignedTargets
     positions: slice
     """Of the supervised positions, these."""
 
     def part(self, rows: slice) -> AlignedPart:
         first = self.positions.start
-        return AlignedPart(self.aligned, self.told, self.vocabulary, slice(first + rows.start, first + rows.stop))
+        return AlignedPart(self.whole, slice(first + rows.start, first + rows.stop))
 
     def rows(self) -> Tensor:
         """[a] int64, on the CPU: which of these positions are read alike, from 0."""
-        rows: Tensor = self.aligned[self._found()] - self.positions.start
+        rows: Tensor = self.whole.rows[self._found()] - self.positions.start
         return rows
+
+    def same(self) -> Tensor:
+        """[a] bool, on the CPU: at which of those both go on with the same token."""
+        return self.whole.same[self._found()]
 
     def logits(self) -> Tensor:
         """[a, Vt] fp32, not divided by a temperature."""
-        return self.told.logits(self._found())
+        return self.whole.told.logits(self._found())
 
     def _found(self) -> slice:
         ends = torch.tensor([self.positions.start, self.positions.stop])
-        start, stop = torch.searchsorted(self.aligned, ends).tolist()
+        start, stop = torch.searchsorted(self.whole.rows, ends).tolist()
         return slice(start, stop)
 
 

@@ -75,7 +75,7 @@ def align_teacher(
     def build(building: Path) -> None:
         report(f"aligning what the teacher {section.path} reads with what the student reads …")
         ours, theirs = (read_token_bytes(each, special_ids(each)) for each in (student_tokenizer, tokenizer))
-        documents, pairs, supervised, aligned = _aligned(data, read, ours, theirs)
+        documents, pairs, seen = _aligned(data, read, ours, theirs)
         classes = min(len(ours), student_vocabulary), min(len(theirs), vocabulary)
         if student_tokenizer.get_vocab() == tokenizer.get_vocab():
             matched = np.arange(min(classes)).repeat(2).reshape(-1, 2)
@@ -83,7 +83,7 @@ def align_teacher(
             ends = (student_tokenizer.eos_token_id, tokenizer.eos_token_id)
             matched = matched_tokens(ours, theirs, pairs if None in ends else [*pairs, ends])
             matched = matched[(matched < classes).all(axis=1)]
-        counts = AlignmentCounts(supervised, aligned, len(matched), *classes)
+        counts = AlignmentCounts(*seen, len(matched), *classes)
         write_aligned_documents(building, documents, matched, counts)
 
     place = made_once(cache_directory() / "alignments" / named[:32], build)
@@ -131,12 +131,12 @@ def _own_reading(
 
 def _aligned(
     data: Sequence[TokenCache], read: Sequence[TokenCache], ours: TokenBytes, theirs: TokenBytes
-) -> tuple[dict[bytes, AlignedDocument], list[tuple[int, int]], int, int]:
+) -> tuple[dict[bytes, AlignedDocument], list[tuple[int, int]], tuple[int, int, int]]:
     """Every different document by its key, the first of equal ones; special tokens that stand in the same places, the
-    most frequent first; supervised tokens, and those of them that are aligned."""
+    most frequent first; supervised tokens, those of them that are aligned, and those of these that are the same."""
     documents: dict[bytes, AlignedDocument] = {}
     pairs: Counter[tuple[int, int]] = Counter()
-    supervised = aligned = before = 0
+    supervised = aligned = same = before = 0
     for cache, other in zip(data, read, strict=True):
         for i, j in enumerate(_counterparts(cache, other).tolist()):
             one = Reading(cache.tokens(i), cache.supervised(i))
@@ -148,14 +148,15 @@ def _aligned(
                 )
                 at = align(one, two, ours, theirs)
                 rows = (np.cumsum(predicted, dtype=np.int32) - 1)[at.student]
-                documents[key] = AlignedDocument(before + j, rows, at.teacher.astype(np.int32))
+                documents[key] = AlignedDocument(before + j, rows, at.teacher.astype(np.int32), at.same)
                 following = one.tokens[at.student + 1], two.tokens[at.teacher + 1]
                 special = ours.special[following[0]] & theirs.special[following[1]]
                 pairs.update(zip(following[0][special].tolist(), following[1][special].tolist()))
             supervised += int(predicted.sum())
             aligned += len(documents[key].rows)
+            same += int(documents[key].same.sum())
         before += len(other)
-    return documents, [pair for pair, _ in pairs.most_common()], supervised, aligned
+    return documents, [pair for pair, _ in pairs.most_common()], (supervised, aligned, same)
 
 
 def _counterparts(ours: TokenCache, theirs: TokenCache) -> npt.NDArray[np.int64]:
@@ -177,7 +178,8 @@ def _judge(counts: AlignmentCounts, name: str, report: Callable[[str], None]) ->
             "loses it; name another teacher, or set data.chat_template.",
             key=TEACHER,
         )
+    whole = counts.same / counts.supervised
     report(
-        f"the teacher {name} reads {share:.1%} of the supervised tokens' beginnings alike; {counts.matched:,} of "
-        f"{counts.student_classes:,} tokens are in both vocabularies."
+        f"the teacher {name} reads {share:.1%} of the supervised tokens' beginnings alike, and {whole:.1%} of whole "
+        f"tokens; {counts.matched:,} of {counts.student_classes:,} tokens are in both vocabularies."
     )

@@ -40,6 +40,11 @@ class SharedVocabulary:
             student, teacher, _others(student, student_classes), _others(teacher, teacher_classes), of_teacher
         )
 
+    def apart(self) -> SharedVocabulary:
+        """As if they had nothing in common."""
+        none = self.student[:0].reshape(0, 2)
+        return SharedVocabulary.of(none, self.student_classes, self.teacher_classes)
+
     @property
     def student_classes(self) -> int:
         """Cs."""

@@ -35,6 +35,8 @@ class AlignedDocument(NamedTuple):
     """[A] which of the document's supervised positions they are."""
     positions: npt.NDArray[np.int32]
     """[A] where they are in the teacher's example."""
+    same: npt.NDArray[np.bool_]
+    """[A] whether both go on with the same token."""
 
 
 class AlignmentCounts(NamedTuple):
@@ -44,6 +46,8 @@ class AlignmentCounts(NamedTuple):
     """Tokens that the student is trained on."""
     aligned: int
     """Those of them that begin where one of the teacher's does."""
+    same: int
+    """Those of them that end where it ends, too."""
     matched: int
     """Tokens in both vocabularies."""
     student_classes: int
@@ -65,6 +69,7 @@ def write_aligned_documents(
         "offsets": np.cumsum([0, *(len(document.rows) for document in ordered)], dtype=np.int64),
         "rows": np.concatenate([document.rows for document in ordered]),
         "positions": np.concatenate([document.positions for document in ordered]),
+        "same": np.concatenate([document.same for document in ordered]),
         "matched": matched,
     }
     save_file(tensors, directory / FILE, {name: str(value) for name, value in counts._asdict().items()})
@@ -82,8 +87,8 @@ class AlignedDocuments:
             stored["matched"], self.counts.student_classes, self.counts.teacher_classes
         )
         self._keys = sortable(stored["keys"].numpy())
-        self._examples, self._offsets, self._rows, self._positions = (
-            stored[name].numpy() for name in ("examples", "offsets", "rows", "positions")
+        self._examples, self._offsets, self._rows, self._positions, self._same = (
+            stored[name].numpy() for name in ("examples", "offsets", "rows", "positions", "same")
         )
 
     def find(self, tokens: Positions, supervised: Positions) -> AlignedDocument:
@@ -95,4 +100,4 @@ class AlignedDocuments:
                 "when the run began; begin it again."
             )
         rows = slice(*self._offsets[place : place + 2].tolist())
-        return AlignedDocument(int(self._examples[place]), self._rows[rows], self._positions[rows])
+        return AlignedDocument(int(self._examples[place]), self._rows[rows], self._positions[rows], self._same[rows])

@@ -35,7 +35,7 @@ class AlignedTeacher:
         self._vocabulary = documents.vocabulary.to(device)
 
     def targets(self, batch: Batch) -> AlignedTargets:
-        rows: list[Tensor] = [torch.zeros(0, dtype=torch.int64)]
+        rows, same = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.bool)]
         asked: list[tuple[Tensor, Tensor]] = []
         count = 0
         for tokens, supervised in documents_of(batch):
@@ -44,10 +44,11 @@ class AlignedTeacher:
             found = self._documents.find(tokens, supervised)
             if len(found.rows):
                 rows.append(torch.from_numpy(found.rows) + count)
+                same.append(torch.from_numpy(found.same))
                 asked.append(_marked(self._read(found.example), found.positions))
             count += own
         told = self._teacher.targets(Batch.of(asked).to(batch.tokens.device))
-        return AlignedTargets(torch.cat(rows), told, self._vocabulary, count)
+        return AlignedTargets(torch.cat(rows), torch.cat(same), told, self._vocabulary, count)
 
 
 def _marked(tokens: npt.NDArray[np.int32], positions: npt.NDArray[np.int32]) -> tuple[Tensor, Tensor]:

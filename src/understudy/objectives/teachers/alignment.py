@@ -34,6 +34,8 @@ class Aligned(NamedTuple):
     """[A]"""
     teacher: npt.NDArray[np.int64]
     """[A]"""
+    same: npt.NDArray[np.bool_]
+    """[A] whether both predict the same there, not the one a part of the other's."""
 
 
 def align(student: Reading, teacher: Reading, ours: TokenBytes, theirs: TokenBytes) -> Aligned:
@@ -43,7 +45,8 @@ def align(student: Reading, teacher: Reading, ours: TokenBytes, theirs: TokenByt
     text of a turn may differ: white space, or what a template puts there. Where the texts part, what is before that is
     still aligned, if there is anything; later spans are not, unless one text goes on where the other ended.
     """
-    found: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
+    none = np.zeros(0, np.int64)
+    found = [Aligned(none, none, none.astype(np.bool_))]
     for one, other in zip(_spans(student, ours), _spans(teacher, theirs)):
         pair = _Pair.of(one.text, other.text)
         beginnings, i, j = np.intersect1d(
@@ -51,11 +54,12 @@ def align(student: Reading, teacher: Reading, ours: TokenBytes, theirs: TokenByt
         )
         # The first token of an example is nobody's successor.
         alike = (beginnings >= pair.first) & (beginnings <= pair.last) & (one.start + i > 0) & (other.start + j > 0)
-        found.append((one.start + i[alike] - 1, other.start + j[alike] - 1))
+        i, j = i[alike], j[alike]
+        same = (one.lengths[i] == other.lengths[j]) & (beginnings[alike] + one.lengths[i] <= pair.last)
+        found.append(Aligned(one.start + i - 1, other.start + j - 1, same))
         if not pair.goes_on:
             break
-    none = np.zeros(0, np.int64)
-    return Aligned(*(np.concatenate([none, *positions]) for positions in zip(*found))) if found else Aligned(none, none)
+    return Aligned(*(np.concatenate(parts) for parts in zip(*found)))
 
 
 class _Span(NamedTuple):
@@ -64,6 +68,8 @@ class _Span(NamedTuple):
     text: bytes
     offsets: npt.NDArray[np.int64]
     """Where each of its tokens begins in the text."""
+    lengths: npt.NDArray[np.int64]
+    """Bytes of each."""
 
 
 def _spans(reading: Reading, tokens: TokenBytes) -> list[_Span]:
@@ -72,7 +78,7 @@ def _spans(reading: Reading, tokens: TokenBytes) -> list[_Span]:
     for start, end in edges.reshape(-1, 2).tolist():
         texts = [tokens.texts[token] for token in reading.tokens[start:end].tolist()]
         lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-        spans.append(_Span(start, b"".join(texts), np.cumsum(lengths) - lengths))
+        spans.append(_Span(start, b"".join(texts), np.cumsum(lengths) - lengths, lengths))
     return spans
 
 
