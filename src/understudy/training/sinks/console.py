@@ -125,6 +125,7 @@ def evaluation_line(row: Row) -> str:
         "eval_perplexity": ("perplexity", "{:.2f}"),
         "eval_token_accuracy": ("token accuracy", "{:.1%}"),
         "eval_divergence": ("divergence", "{:.4f}"),
+        "eval_hidden_states": ("hidden states", "{:.4f}"),
         "eval_teacher_agreement": ("agreement with the teacher", "{:.1%}"),
         "eval_calibration_error": ("calibration error", "{:.3f}"),
         "eval_exact_match": ("exact match", "{:.1%}"),
