@@ -15,7 +15,7 @@ from pathlib import Path
 from understudy.cli.main import exit_status
 
 PRELOADED = ["understudy.training.teacher_answers", "transformers.models.llama.modeling_llama"]
-DEADLINE_SECONDS = 60.0
+DEADLINE_SECONDS = 180.0
 
 
 @dataclass(frozen=True)
