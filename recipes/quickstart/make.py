@@ -2,9 +2,10 @@
 
     python recipes/quickstart/make.py [DIRECTORY]
 
-writes `train.jsonl`, `eval.jsonl` and `tokenizer/` into DIRECTORY (default: beside this file), byte for byte the same
-each time. No date of the evaluation examples occurs in the training examples in any spelling, so a right answer is
-worked out and not remembered.
+writes `train.jsonl`, `noisy.jsonl`, `eval.jsonl` and `tokenizer/` into DIRECTORY (default: beside this file), byte for
+byte the same each time. No date of the evaluation examples occurs in the training examples in any spelling, so a right answer is
+worked out and not remembered. `noisy.jsonl` has few of the training examples, and three in ten of its answers are those
+to other questions, as data is that nobody has looked through.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 FIRST_YEAR, LAST_YEAR = 1950, 2049
 """A century, so that a year of two digits names one year."""
 TRAIN_EXAMPLES, EVAL_EXAMPLES = 5000, 200
+NOISY_EXAMPLES, WRONG_SHARE = 500, 0.3
 VOCABULARY_SIZE = 384
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -86,6 +88,12 @@ def examples() -> list[tuple[str, str]]:
     ]
 
 
+def noisy(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The first of `rows`, some with the answer of another."""
+    chance, few = random.Random(1976), rows[:NOISY_EXAMPLES]
+    return [(question, chance.choice(few)[1] if chance.random() < WRONG_SHARE else answer) for question, answer in few]
+
+
 def write_examples(path: Path, rows: list[tuple[str, str]]) -> None:
     lines = [
         json.dumps({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]})
@@ -130,6 +138,7 @@ def main(directory: Path) -> None:
     rows = examples()
     write_examples(directory / "eval.jsonl", rows[:EVAL_EXAMPLES])
     write_examples(directory / "train.jsonl", rows[EVAL_EXAMPLES:])
+    write_examples(directory / "noisy.jsonl", noisy(rows[EVAL_EXAMPLES:]))
     # The roles' names are in the texts too: each becomes one token.
     texts = [f"system\nuser\n{question}\nassistant\n{answer}\n" for question, answer in rows[EVAL_EXAMPLES:]]
     write_tokenizer(directory / "tokenizer", texts)

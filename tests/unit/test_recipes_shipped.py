@@ -42,6 +42,14 @@ def test_no_evaluation_question_or_date_of_the_quickstart_is_trained_on() -> Non
     assert (len(trained), len(held_out)) == (len({row[0]["content"] for row in trained}), 200)
 
 
+def test_the_noisy_examples_are_training_examples_with_some_answers_of_others() -> None:
+    answers = {row[0]["content"]: row[1]["content"] for row in conversations("train.jsonl")}
+    noisy = [(row[0]["content"], row[1]["content"]) for row in conversations("noisy.jsonl")]
+    wrong = sum(answers[question] != answer for question, answer in noisy)
+    assert len(noisy) == 500
+    assert 0.25 < wrong / len(noisy) < 0.35
+
+
 def test_the_quickstart_script_makes_its_files_byte_for_byte(tmp_path: Path) -> None:
     script = runpy.run_path(str(QUICKSTART / "make.py"))
     script["main"](tmp_path)
@@ -55,7 +63,7 @@ def test_the_quickstart_script_makes_its_files_byte_for_byte(tmp_path: Path) -> 
 
 
 def test_the_quickstart_is_small() -> None:
-    assert sum(path.stat().st_size for path in QUICKSTART.rglob("*.json*")) < 600_000
+    assert sum(path.stat().st_size for path in QUICKSTART.rglob("*.json*")) < 700_000
 
 
 def test_the_quickstart_tokenizer_renders_system_user_and_assistant_and_reads_any_text_back() -> None:
