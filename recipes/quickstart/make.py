@@ -3,9 +3,9 @@
     python recipes/quickstart/make.py [DIRECTORY]
 
 writes `train.jsonl`, `noisy.jsonl`, `eval.jsonl` and `tokenizer/` into DIRECTORY (default: beside this file), byte for
-byte the same each time. No date of the evaluation examples occurs in the training examples in any spelling, so a right answer is
-worked out and not remembered. `noisy.jsonl` has few of the training examples, and three in ten of its answers are those
-to other questions, as data is that nobody has looked through.
+byte the same each time. No date of the evaluation examples occurs in the training examples in any spelling, so a right
+answer is worked out and not remembered. `noisy.jsonl` has few of the training examples, and three in ten of its answers
+are those to other questions, as in data that nobody has looked through.
 """
 
 from __future__ import annotations
