@@ -5,15 +5,18 @@ VENV := .venv
 COMPAT := .venv-compat
 BIN := $(VENV)/bin
 OLDEST_DEEPSPEED := deepspeed==0.14.4
+# What benchmarks compare with, apart from the environment, so that it changes nothing there.
+PEERS := trl==1.16.0
 # torch goes first and by its pin, so that no other requirement draws in a different build of it.
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check bench test-matrix test-compat format system-packages
+.PHONY: help quickstart quickstart-distill test check bench test-matrix test-compat format system-packages
 
 help:
 	@echo "make quickstart       train the bundled tiny model, with 2 processes"
+	@echo "make quickstart-distill  distil that model into a smaller one, and show what it gains"
 	@echo "make test             run the whole suite, except what needs an accelerator"
 	@echo "make check            formatter, linter, types, import rules"
 	@echo "make format           format, and fix what the linter can"
@@ -24,6 +27,14 @@ help:
 
 quickstart: $(VENV)/run.stamp
 	$(BIN)/understudy train recipes/quickstart.yaml --overwrite
+
+# The same student twice, for as many steps: from the data, and from the teacher.
+quickstart-distill: $(VENV)/run.stamp
+	test -f runs/quickstart/model/config.json || $(BIN)/understudy train recipes/quickstart.yaml --overwrite
+	$(BIN)/understudy train recipes/quickstart-distill.yaml objective=causal_lm \
+		output_dir=runs/quickstart-from-data --overwrite
+	$(BIN)/understudy train recipes/quickstart-distill.yaml --overwrite
+	$(BIN)/understudy compare runs/quickstart-from-data runs/quickstart-distill
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m "not device and not matrix" tests/unit tests/distributed tests/real
@@ -39,7 +50,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/dev.stamp
+bench: $(VENV)/dev.stamp build/peers.stamp
 	$(BIN)/python -m benchmarks
 
 test-matrix: $(VENV)/dev.stamp
@@ -63,6 +74,10 @@ $(VENV)/run.stamp: pyproject.toml constraints.txt
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	touch $@
+
+build/peers.stamp: Makefile | $(VENV)/dev.stamp
+	$(BIN)/python $(PIP_INSTALL) --no-deps --upgrade --target build/peers $(PEERS)
 	touch $@
 
 $(COMPAT)/compat.stamp: pyproject.toml constraints.txt

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import adapters, checkpoints, head, startup, tokenizing, training
+from benchmarks import adapters, checkpoints, distillation, head, startup, teacher_cache, tokenizing, training
 from benchmarks.process import ROOT
 from benchmarks.side_by_side import Extent
 from benchmarks.smollm2 import require_model
 
 DATA_FILES = ("alpaca_en_demo.json", "c4_demo.jsonl")
-NAMES = ("startup", "tokenizing", "head", "training", "adapters", "checkpoints")
+NAMES = ("startup", "tokenizing", "head", "distillation", "teacher-cache", "training", "adapters", "checkpoints")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--model", type=Path, default=ROOT / "build" / "smollm2", help="directory of SmolLM2-135M-Instruct"
     )
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data", help="where the data files are")
-    parser.add_argument("--steps", type=int, default=Extent.steps, help="of training, in each process; at least 2")
-    parser.add_argument("--rounds", type=int, default=Extent.rounds, help="of training: processes on either side")
+    parser.add_argument(
+        "--steps", type=int, default=Extent.steps, help="of training or of a loss, in each process; at least 2"
+    )
+    parser.add_argument("--rounds", type=int, default=Extent.rounds, help="of those: processes on each side")
     arguments = parser.parse_args(argv)
     names = arguments.names or NAMES
     if arguments.steps < 2 or arguments.rounds < 1:
@@ -51,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizing.compare(arguments.model, arguments.data)
     if "head" in names:
         head.compare()
+    if "distillation" in names:
+        distillation.compare(extent)
+    if "teacher-cache" in names:
+        teacher_cache.compare()
     if "training" in names:
         training.compare(arguments.model, arguments.data, extent)
     if "adapters" in names:
