@@ -12,7 +12,7 @@ from understudy.devices.host_memory import usable_memory_bytes
 from understudy.plan.machine import Machine
 from understudy.recipe.environment import visible_devices
 
-__all__ = ["detect_machine", "hidden_devices"]
+__all__ = ["accelerator_name", "detect_machine", "hidden_devices"]
 
 _GPU_LIST, _NPU_LIST = "CUDA_VISIBLE_DEVICES", "ASCEND_RT_VISIBLE_DEVICES"
 _MEBIBYTE = 2**20
@@ -33,6 +33,14 @@ def detect_machine(root: Path = Path("/")) -> Machine:
         command = ["npu-smi", "info", "-t", "memory", "-i", "0"]
         return Machine(devices, _smallest_mebibytes(command, r"(?:HBM|DDR) Capacity\(MB\)\s*:\s*(\d+)"), _cores(root))
     return Machine(0, usable_memory_bytes(root), _cores(root))
+
+
+def accelerator_name(root: Path = Path("/")) -> str:
+    """What the vendor's tool calls the first accelerator of this machine; empty where there is none, or none to ask."""
+    if _gpus(root):
+        return _answer(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]).partition("\n")[0].strip()
+    found = re.search(r"\b(910\w*)", _answer(["npu-smi", "info"])) if _npus(root) else None
+    return found[1] if found else ""
 
 
 def hidden_devices(root: Path = Path("/")) -> dict[str, int]:
@@ -69,14 +77,19 @@ def _visible(present: int, listed: str | None) -> int:
 
 def _smallest_mebibytes(command: list[str], pattern: str) -> int:
     """Bytes of the smallest device in the output of a vendor's tool; 0 when it is missing or fails."""
+    sizes = [int(size) for size in re.findall(pattern, _answer(command), flags=re.MULTILINE)]
+    return min(sizes, default=0) * _MEBIBYTE
+
+
+def _answer(command: list[str]) -> str:
+    """What a vendor's tool prints; nothing when it is missing or fails."""
     if shutil.which(command[0]) is None:
-        return 0
+        return ""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_SECONDS, check=True)
     except (subprocess.SubprocessError, OSError):
-        return 0
-    sizes = [int(size) for size in re.findall(pattern, done.stdout, flags=re.MULTILINE)]
-    return min(sizes, default=0) * _MEBIBYTE
+        return ""
+    return done.stdout
 
 
 def _cores(root: Path) -> int:

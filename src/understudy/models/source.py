@@ -10,6 +10,7 @@ from understudy.errors import UserError
 from understudy.recipe import schema
 
 __all__ = [
+    "cached_config_file",
     "fetched_directory",
     "model_directory",
     "read_config",
@@ -76,6 +77,20 @@ def stored_config(model: schema.Model) -> dict[str, Any]:
     if model.path is not None:
         stored = read_config_file(_local_or_snapshot(model.path, model.revision, ["config.json"]))
     return stored
+
+
+def cached_config_file(model: schema.Model) -> Path | None:
+    """config.json of a Hub id, where an earlier download left it on this machine. Asks nobody."""
+    if model.path is None or Path(model.path).expanduser().exists() or model.path.count("/") > 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def read_config_file(directory: Path) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""ZeRO stages 1 and 2: weights in every process, optimizer state shared out, at stage 2 gradients too.
+
+As DeepSpeed 0.19 implements them: `runtime.bf16_optimizer` for stage 1 in bf16, `runtime.zero.stage_1_and_2` else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from understudy.plan.memory.optimizer import moment_bytes, step_scratch
+from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
+from understudy.plan.network import Held
+from understudy.recipe.deepspeed_file import effective_deepspeed
+from understudy.recipe.schema import DeepSpeed
+
+__all__ = ["DEFAULT_BUCKET", "bucket_elements", "zero_costs"]
+
+DEFAULT_BUCKET = 500_000_000
+"""`strategies.engine_config`: gradients are sent in buckets of so many elements, or of all where they are fewer."""
+
+
+def bucket_elements(setting: Setting) -> int:
+    """What a DeepSpeed file says, or our own choice."""
+    given = setting.zero.get("reduce_bucket_size")
+    if given == "auto":
+        return setting.hidden**2
+    return int(given) if isinstance(given, int | float) else min(DEFAULT_BUCKET, setting.network.trained)
+
+
+def zero_costs(setting: Setting) -> Costs:
+    assert isinstance(setting.strategy, DeepSpeed), "chosen by its kind"
+    stage, offload, _ = effective_deepspeed(setting.strategy)
+    return _stage_1(setting) if stage == 1 and offload == "none" else _stage_2(setting, stage, offload != "none")
+
+
+def _stage_1(setting: Setting) -> Costs:
+    """fp32 gradients of all weights, in bf16 beside those that the backward pass makes, which are never let go."""
+    network, compute = setting.network, setting.precision.compute
+    trained = network.trained
+    part = -(-trained // setting.processes)
+    gradients = FP32 * trained + (compute * trained if setting.precision.name == "bf16" else 0)
+    bucket = FP32 * min(bucket_elements(setting), trained) if setting.precision.name != "bf16" else 0
+    return Costs(
+        weights=setting.held_bytes(compute) + FP32 * part,
+        moments=moment_bytes(setting, _part(setting), FP32),
+        loss=Instant(gradients=gradients),
+        head=Instant(gradients=gradients + compute * setting.head_gradient),
+        layers=(Instant(gradients=gradients), Instant(1.0, gradients=gradients, communication=bucket)),
+        embedding=Instant(1.0, gradients=gradients + compute * setting.embedding_gradient, communication=2 * bucket),
+        step=Instant(1.0, gradients=gradients, communication=step_scratch(setting, _part(setting))),
+        made=compute,
+    )
+
+
+def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
+    """Gradients go into a bucket in the dtype that computes; a full one is copied, summed over processes in fp32, and
+    each process adds its part to an fp32 partition. Offload moves that to the host at the end of a step; in fp32 after
+    each bucket."""
+    network, compute = setting.network, setting.precision.compute
+    trained, processes = network.trained, setting.processes
+    part = -(-trained // processes)
+    bucket = min(bucket_elements(setting), trained)
+    wide = compute == FP32
+    # In fp32 the parts are kept one by one, and a micro-batch's beside those of the ones before.
+    gradients = FP32 * part * (2 if wide and setting.accumulates else 1)
+    if offload and wide:
+        gradients = 0
+    if stage == 1:
+        gradients += FP32 * trained
+    largest = setting.largest_trained
+    scratch = compute * largest.numel if offload and largest else 0
+    there = gradients if setting.accumulates else 0
+    sent = compute * bucket + (0 if wide else FP32 * bucket)
+    filled = min(1.0, max(0, bucket - setting.head_gradient) / max(1, trained - setting.outside_numel))
+    head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
+    master, moments = FP32 * part, moment_bytes(setting, _part(setting), FP32)
+    host = master + moments + FP32 * part + compute * part + scratch + (FP32 * part if wide else 0)
+    return Costs(
+        weights=setting.held_bytes(compute) + scratch + (0 if offload else master),
+        moments=0 if offload else moments,
+        loss=Instant(gradients=there),
+        head=Instant(gradients=there + head, communication=compute * bucket),
+        layers=(
+            Instant(gradients=there, communication=compute * bucket),
+            Instant(filled, gradients=gradients, communication=compute * bucket + sent),
+        ),
+        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket + sent),
+        step=Instant(
+            1.0,
+            gradients=gradients,
+            communication=(FP32 * part if wide and not offload else 0) + step_scratch(setting, _part(setting)),
+        ),
+        host=host if offload else 0,
+        made=compute,
+    )
+
+
+def _part(setting: Setting) -> Callable[[Held], int]:
+    def local(held: Held) -> int:
+        return -(-held.numel // setting.processes)
+
+    return local

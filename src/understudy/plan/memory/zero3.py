@@ -1,0 +1,140 @@
+"""ZeRO stage 3: weights too are shared out, and put together module by module.
+
+As DeepSpeed 0.19 implements it (`runtime.zero.stage3`, `.partitioned_param_coordinator`): a module's weights stay whole
+where they are used again within `stage3_max_reuse_distance` elements, so at the turn from forward to backward the last
+half of so many elements are whole. Small parameters are whole at all times.
+"""
+
+from __future__ import annotations
+
+from understudy.plan.memory.optimizer import moment_bytes, step_scratch
+from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
+from understudy.plan.memory.zero import bucket_elements
+from understudy.plan.network import Held
+from understudy.recipe.deepspeed_file import effective_deepspeed
+from understudy.recipe.schema import DeepSpeed
+
+__all__ = ["zero3_costs"]
+
+_REUSE = 1_000_000_000
+_PREFETCH = 50_000_000
+_SUBGROUP = 1_000_000_000
+"""DeepSpeed's own: elements of the reuse distance, of what is fetched ahead, and of one optimizer step."""
+_PERSISTENT_ROWS = 10
+"""`strategies.engine_config` keeps parameters of at most so many times the hidden size whole."""
+
+
+def zero3_costs(setting: Setting) -> Costs:
+    assert isinstance(setting.strategy, DeepSpeed), "chosen by its kind"
+    _, optimizer, parameters = effective_deepspeed(setting.strategy)
+    network, compute, processes = setting.network, setting.precision.compute, setting.processes
+
+    def local(held: Held) -> int:
+        return -(-held.numel // processes)
+
+    mine = sum(local(held) * count for held, count in network.parameters() if held.trained)
+    computing = sum(_computing_part(held, processes, compute) * count for held, count in network.parameters())
+    small = _small_bytes(setting)
+    moments = moment_bytes(setting, local, FP32)
+    bucket = FP32 * bucket_elements(setting)
+    gradients = 0 if optimizer != "none" else FP32 * mine
+    on_device = small + compute * network.shared
+    on_device += 0 if parameters != "none" else computing
+    on_device += 0 if optimizer != "none" else FP32 * mine
+    host = 0 if parameters == "none" else computing
+    # Master weights, moments, the partition of gradients, and the gradients that the step reads.
+    host += 0 if optimizer == "none" else 3 * FP32 * mine + moments
+    turn, passing = _whole_at_the_turn(setting), _whole_in_passing(setting)
+    head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
+    # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
+    sent = min(bucket, FP32 * network.trained)
+    alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
+    filled = min(1.0, bucket / FP32 / max(1, network.trained))
+    return Costs(
+        weights=on_device,
+        moments=0 if optimizer != "none" else moments,
+        loss=Instant(gathered=turn, gradients=gradients, communication=bucket),
+        head=Instant(gathered=turn, gradients=gradients + head, communication=bucket + alone),
+        layers=(
+            Instant(gathered=turn, gradients=gradients, communication=bucket),
+            Instant(
+                filled,
+                gathered=max(passing, int(turn * (1 - filled))),
+                gradients=gradients,
+                communication=bucket + sent,
+            ),
+        ),
+        embedding=Instant(
+            1.0, gathered=passing, gradients=gradients + embedding, communication=bucket + max(sent, alone)
+        ),
+        step=Instant(
+            1.0,
+            gradients=gradients,
+            communication=bucket
+            + (0 if optimizer != "none" else FP32 * min(mine, _SUBGROUP) + step_scratch(setting, local)),
+        ),
+        host=host,
+        made=compute,
+    )
+
+
+def _number(setting: Setting, key: str, own: int) -> int:
+    value = setting.zero.get(f"stage3_{key}")
+    return int(value) if isinstance(value, int | float) else own
+
+
+def _computing_part(held: Held, processes: int, itemsize: int) -> int:
+    if held.packed_bytes is not None:
+        return -(-held.packed_bytes // processes)
+    return -(-held.numel // processes) * itemsize
+
+
+def _threshold(setting: Setting) -> int:
+    return _number(setting, "param_persistence_threshold", _PERSISTENT_ROWS * setting.hidden)
+
+
+def _elements(setting: Setting, held: Held) -> int:
+    """Of the tensor that is cut; a quantized weight's is bytes in the dtype that computes."""
+    return held.numel if held.packed_bytes is None else held.packed_bytes // setting.precision.compute
+
+
+def _small_bytes(setting: Setting) -> int:
+    threshold, compute = _threshold(setting), setting.precision.compute
+    return sum(
+        _elements(setting, held) * count * compute
+        for held, count in setting.network.parameters()
+        if _elements(setting, held) <= threshold
+    )
+
+
+def _whole_at_the_turn(setting: Setting) -> int:
+    """Bytes of what is whole as the forward pass ends: modules from the end on, until those behind one and the way back
+    to it are as many elements as the reuse distance."""
+    compute, threshold = setting.precision.compute, _threshold(setting)
+    reach = _number(setting, "max_reuse_distance", _REUSE) // 2
+    whole = _elements(
+        setting, next((one for one in setting.network.outside if one.role == "head"), setting.network.outside[0])
+    )
+    for group in reversed(setting.network.layers):
+        large = [_elements(setting, held) for held in group.held if _elements(setting, held) > threshold]
+        for _ in range(group.count):
+            for elements in reversed(large):
+                if whole > reach:
+                    return compute * (whole + _ahead(setting))
+                whole += elements
+    return compute * (whole + _ahead(setting))
+
+
+def _ahead(setting: Setting) -> int:
+    """Elements fetched ahead, at most all."""
+    everything = sum(_elements(setting, held) * count for held, count in setting.network.parameters())
+    given = setting.zero.get("stage3_prefetch_bucket_size")
+    own = int(0.9 * setting.hidden**2) if given == "auto" else _PREFETCH
+    return min(_number(setting, "prefetch_bucket_size", own), everything)
+
+
+def _whole_in_passing(setting: Setting) -> int:
+    """Bytes of one layer's largest module, and of what is fetched ahead, twice while it is put in order."""
+    compute = setting.precision.compute
+    largest = max(_elements(setting, held) for group in setting.network.layers for held in group.held)
+    return compute * (largest + 2 * _ahead(setting))

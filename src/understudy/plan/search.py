@@ -1,0 +1,181 @@
+"""The fastest way to run a recipe that fits: every strategy with every kind of checkpointing, and for each the largest
+micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from understudy.errors import UserError
+from understudy.plan.advice import lever, reason_against, why_chosen, why_nothing
+from understudy.plan.estimate import Estimate, Estimator
+from understudy.plan.hardware.hardware import Hardware
+from understudy.plan.memory.activations import Checkpointing
+from understudy.plan.memory.setting import strategy_of
+from understudy.plan.outcome import Plan, Row
+from understudy.plan.shape.model import ModelShape
+from understudy.recipe.presets import STRATEGY_PRESETS
+from understudy.recipe.rules.rule import RULES
+from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
+
+__all__ = ["best"]
+
+_STEP = 256
+"""Micro-batches are planned in multiples of so many tokens."""
+_AS_GOOD = 0.98
+"""A strategy as fast as this share of the fastest may be taken before it."""
+_PREFERRED = ("ddp", "fsdp", "zero2", "zero3", "zero1", "zero0")
+"""Of those that are as good: what needs no other package first, and of ZeRO's stages those that leave most room."""
+_KINDS: tuple[Checkpointing, ...] = ("none", "selective", "full")
+
+
+def best(
+    recipe: Recipe,
+    hardware: Hardware,
+    shape: ModelShape,
+    *,
+    teachers: Sequence[ModelShape | None] = (),
+    limit_bytes: int | None = None,
+    levers: bool = True,
+) -> Plan:
+    """A plan for `recipe` on `hardware`: the fastest of what fits is chosen.
+
+    What the recipe fixes (strategy, `micro_batch_tokens`, checkpointing, precision) is kept. `shape` is the model's,
+    `teachers` those of a distillation's teachers in the recipe's order, None for what is no model of its own.
+    `limit_bytes` is what a process may take of its device's memory, all that programs can have when left out. With
+    `levers` a plan in which nothing fits says what would. Raises `UserError` where recipe and model do not go together.
+    """
+    estimator = Estimator(recipe, hardware, shape, teachers)
+    limit = limit_bytes or hardware.accelerator.usable_bytes
+    rows = tuple(_row(name, strategy, estimator, limit) for name, strategy in _strategies(recipe))
+    allowed = [row for row in rows if recipe.strategy == "auto" or row.strategy == recipe.strategy]
+    fitting = [row for row in allowed if row.fits]
+    chosen = _choose(fitting)
+    sentence = why_chosen(chosen, rows, fixed=recipe.strategy != "auto") if chosen else why_nothing(allowed, limit)
+    advice = None
+    if chosen is None and levers:
+        advice = lever(
+            recipe,
+            hardware,
+            lambda changed, other: best(
+                changed, other, shape, teachers=teachers, limit_bytes=limit_bytes, levers=False
+            ),
+        )
+    return Plan(
+        hardware, limit, shape, estimator.network.trained, estimator.precision.name, rows, chosen, sentence, advice
+    )
+
+
+def _strategies(recipe: Recipe) -> Iterator[tuple[str, DDP | FSDP | DeepSpeed]]:
+    """Every preset, and the recipe's own strategy where that is none of them."""
+    presets = {name: strategy_of(settings) for name, settings in STRATEGY_PRESETS.items()}
+    yield from presets.items()
+    own = recipe.strategy
+    if own != "auto" and own not in presets.values():
+        chosen = own.model_dump(exclude={"kind"}, exclude_defaults=True)
+        yield " ".join([own.kind, *(f"{name}={value}" for name, value in chosen.items())]), own
+
+
+def _choose(fitting: Sequence[Row]) -> Row | None:
+    if not fitting:
+        return None
+    fastest = max(row.tokens_per_second_per_device for row in fitting)
+    good = [row for row in fitting if row.tokens_per_second_per_device >= _AS_GOOD * fastest]
+    order = {name: place for place, name in enumerate(_PREFERRED)}
+    return min(good, key=lambda row: (order.get(row.name, len(order)), -row.tokens_per_second_per_device))
+
+
+def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limit: int) -> Row:
+    recipe = estimator.recipe
+    asked = recipe.training.activation_checkpointing
+    kinds = _KINDS if asked == "auto" else (asked,)
+    refusals = {kind: _refusal(recipe, strategy, kind, estimator.precision.name) for kind in kinds}
+    possible = [kind for kind in kinds if refusals[kind] is None]
+    found = [(estimate, kind) for kind in possible if (estimate := _largest(estimator, strategy, kind, limit))]
+    if found:
+        estimate, kind = max(found, key=lambda one: one[0].tokens_per_second)
+        return _made(name, strategy, kind, estimate, None)
+    tried = [(_smallest(estimator, strategy, kind), kind) for kind in possible or kinds]
+    estimate, kind = min(tried, key=lambda one: one[0].peak.total_bytes)
+    refused = None if possible else next(iter(refusals.values()))
+    reason = refused or reason_against(estimate.peak.total_bytes, limit, estimate.host_bytes, estimator.hardware)
+    return _made(name, strategy, kind, estimate, reason)
+
+
+def _made(
+    name: str, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, estimate: Estimate, reason: str | None
+) -> Row:
+    time = estimate.time
+    return Row(
+        name=name,
+        strategy=strategy,
+        fits=reason is None,
+        reason=reason,
+        device_peak_bytes=estimate.peak.total_bytes,
+        tensor_peak_bytes=estimate.peak.tensor_bytes,
+        host_peak_bytes=estimate.host_bytes,
+        micro_batch_tokens=estimate.tokens,
+        micro_batches=estimate.micro_batches,
+        activation_checkpointing=kind,
+        tokens_per_second_per_device=estimate.tokens_per_second,
+        step_seconds=time.total,
+        bound=time.bound,
+        seconds={
+            "compute": time.compute,
+            "memory bandwidth": time.memory,
+            "interconnect": time.interconnect,
+            "host link": time.host,
+        },
+        peak_moment=estimate.peak.moment,
+        breakdown=estimate.peak.breakdown,
+    )
+
+
+def _refusal(recipe: Recipe, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, precision: str) -> str | None:
+    """Why the recipe's rules do not allow the strategy, the first of the reasons."""
+    training = recipe.training.model_copy(update={"activation_checkpointing": kind, "precision": precision})
+    candidate = recipe.model_copy(update={"strategy": strategy, "training": training})
+    try:
+        return next((message for rule in RULES for _, message in rule(candidate)), None)
+    except UserError as error:  # a DeepSpeed file that cannot be read
+        return error.message
+
+
+def _largest(
+    estimator: Estimator, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, limit: int
+) -> Estimate | None:
+    """With the most tokens that fit, at most what a step has for a process; None where not even one example does."""
+
+    def fitting(tokens: int) -> Estimate | None:
+        estimate = estimator.at(strategy, kind, tokens)
+        return estimate if _fits(estimate, limit, estimator.hardware) else None
+
+    fixed, shortest = estimator.recipe.training.micro_batch_tokens, estimator.recipe.data.max_length
+    if fixed != "auto":
+        return fitting(fixed)
+    # One that holds all of a step needs no gradients beside it, and so may fit where a smaller one does not.
+    whole = fitting(max(shortest, estimator.share))
+    if whole is not None:
+        return whole
+    found = fitting(shortest)
+    if found is None:
+        return None
+    low, high = shortest // _STEP + 1, max(shortest, estimator.share) // _STEP
+    while low <= high:
+        middle = (low + high) // 2
+        estimate = fitting(middle * _STEP)
+        if estimate is None:
+            high = middle - 1
+        else:
+            found, low = estimate, middle + 1
+    return found
+
+
+def _smallest(estimator: Estimator, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing) -> Estimate:
+    fixed = estimator.recipe.training.micro_batch_tokens
+    return estimator.at(strategy, kind, estimator.recipe.data.max_length if fixed == "auto" else fixed)
+
+
+def _fits(estimate: Estimate, limit: int, hardware: Hardware) -> bool:
+    if estimate.peak.total_bytes > limit:
+        return False
+    return not hardware.host_bytes or estimate.host_bytes <= hardware.host_bytes
