@@ -35,6 +35,13 @@ def distilled(recipe: dict[str, Any], tmp_path: Path, **teacher: Any) -> dict[st
     return {**recipe, "objective": {"kind": "distillation", "teacher": section, "cross_entropy_weight": 0.25}}
 
 
+def with_several(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The recipe, with its teacher's own model beside what it has."""
+    resident = {"kind": "resident", "path": str(tmp_path / "teacher")}
+    several = {"kind": "several", "teachers": [recipe["objective"]["teacher"], resident], "weights": [2.0, 1.0]}
+    return {**recipe, "objective": {**recipe["objective"], "teacher": several}}
+
+
 def losses(tmp_path: Path, recipe: dict[str, Any], name: str) -> list[float]:
     file = write({**recipe, "output_dir": str(tmp_path / name)}, tmp_path)
     done = run([*UNDERSTUDY, "train", str(file)], tmp_path)
@@ -47,10 +54,12 @@ def losses(tmp_path: Path, recipe: dict[str, Any], name: str) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_a_cache_teaches_as_its_teacher_does(tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_a_cache_teaches_as_its_teacher_does_alone_and_beside_it(tmp_path: Path, recipe: dict[str, Any]) -> None:
     expected = losses(tmp_path, distilled(recipe, tmp_path, kind="resident"), "resident")
     for targets, tolerance in (("hidden", 1e-5), ("top_k", 1e-3)):
         cached = distilled(recipe, tmp_path, kind="cache", targets=targets)
+        if targets == "hidden":
+            cached = with_several(cached, tmp_path)
         file = str(write(cached, tmp_path))
         refused = run([*UNDERSTUDY, "train", file], tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr

@@ -21,9 +21,11 @@ from understudy.objectives.distillation_loss import DistillationLoss
 from understudy.objectives.targets import (
     DenseTargets,
     SampledTargets,
+    SeveralTargets,
     Targets,
     TeacherLogits,
     TopKTargets,
+    WeightedTargets,
 )
 
 pytestmark = pytest.mark.unit
@@ -420,3 +422,41 @@ def test_beside_the_logits_memory_is_a_few_blocks_whatever_the_chunk(kind: str, 
     with PeakBytes() as seen:
         loss(student, slice(0, rows))
     assert seen.peak <= 7.1 * block_bytes
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "reverse_kl"])
+def test_several_teachers_share_the_divergence(kind: str) -> None:
+    """One with all logits of a longer vocabulary, one with its largest few; each compared on the classes it shares."""
+    first, second, student = make_logits(17, seed=1), make_logits(seed=3), make_logits(seed=2)
+    labels, shares, shared = make_labels(), (0.7, 0.3), (11, CLASSES)
+    several = SeveralTargets(
+        (
+            WeightedTargets(shares[0], shared[0], TeacherLogits(first)),
+            WeightedTargets(shares[1], shared[1], largest(second, 4, 2.0)),
+        )
+    )
+    assert len(several) == ROWS
+
+    def reference(logits: Tensor) -> Tensor:
+        pair = [torch.log_softmax(x[:, :11] / 2.0, dim=1) for x in (first, logits)]
+        ids = second.argsort(dim=1, descending=True)[:, :4]
+        kept = [grouped(x / 2.0, ids) for x in (second, logits)]
+        both = shares[0] * formula(kind)(*pair) + shares[1] * formula(kind)(*kept)
+        return mixed(both, logits, labels, 2.0, 0.3)
+
+    settings: dict[str, Any] = {"temperature": 2.0, "cross_entropy_weight": 0.3}
+    loss = DistillationLoss(kind, labels, several, **settings)
+    assert_matches(loss, student, reference)
+    by_blocks = DistillationLoss(kind, labels, several, block_bytes=8 * CLASSES * 2, **settings)
+    assert_matches(by_blocks, student, reference)
+    agreement = loss(student.clone(), EVERYTHING).metrics["agreement"]
+    assert agreement == (student.argmax(1) == first[:, :11].argmax(1)).sum(), "with the one that counts most"
+
+
+def test_one_teacher_in_two_parts_is_that_teacher() -> None:
+    teacher, student, labels = make_logits(seed=1), make_logits(seed=2), make_labels()
+    twice = SeveralTargets(tuple(WeightedTargets(share, None, TeacherLogits(teacher)) for share in (0.25, 0.75)))
+    whole = DistillationLoss("forward_kl", labels, TeacherLogits(teacher))(student.clone(), EVERYTHING)
+    parts = DistillationLoss("forward_kl", labels, twice)(student.clone(), EVERYTHING)
+    torch.testing.assert_close(parts.loss, whole.loss)
+    torch.testing.assert_close(parts.grad_logits, whole.grad_logits)
