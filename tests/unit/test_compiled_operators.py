@@ -81,6 +81,7 @@ NINJA = f"Error building extension 'cpu_adam': [1/3] {COMMAND}\nFAILED: adam.o\n
         (RuntimeError(NINJA % "/bin/sh: 1: c++: not found"), "/bin/sh: 1: c++: not found", "install a C++ compiler"),
         (FileNotFoundError(2, "No such file or directory", "c++"), "directory: 'c++'", "install a C++ compiler"),
         (subprocess.CalledProcessError(1, ["which", "c++"]), "which", "install a C++ compiler"),
+        (FileNotFoundError(2, "No such file or directory", "which"), "which", "the program `which`"),
         (
             RuntimeError("Unable to JIT load the cpu_adam op due to ninja not being installed."),
             "ninja",

@@ -36,6 +36,10 @@ _CAUSES = (
         "install a C++ compiler of a version that this torch can be compiled with, and name it in CXX",
     ),
     (
+        r"no such file or directory: 'which'",
+        "install the program `which`, with which PyTorch looks for the compiler, and a C++ compiler if there is none",
+    ),
+    (
         r"(c\+\+|cc1plus|g\+\+|clang\+\+|gcc|'\S+'): (command )?not found|no such file or directory: '\S*(\+\+|cc)'"
         r"|cannot execute|'-?c\+\+'|\['which', '.*'\]",
         "install a C++ compiler, in most systems the package g++ or gcc-c++, or name one in CXX",
