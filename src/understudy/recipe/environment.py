@@ -19,8 +19,10 @@ __all__ = [
     "child_environment",
     "chosen_threads",
     "console_descriptor",
+    "debugging_variables",
     "extensions_directory",
     "launcher_process",
+    "launcher_variables",
     "process_environment",
     "set_build_environment",
     "teacher_key",
@@ -35,6 +37,22 @@ CONSOLE_VARIABLE = "UNDERSTUDY_CONSOLE"
 
 LAUNCHER_VARIABLE = "UNDERSTUDY_LAUNCHER"
 """Set by our own local launcher: its process id."""
+
+
+_OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_MARKS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", RENDEZVOUS_VARIABLE)
+"""Set for the processes of torchrun and accelerate, of srun, and of our own launcher; nobody sets them by hand."""
+
+_FOR_DEBUGGING = {
+    "CUDA_LAUNCH_BLOCKING": ("1", "makes the host wait for every kernel"),
+    "ASCEND_LAUNCH_BLOCKING": ("1", "makes the host wait for every kernel"),
+    "TORCH_DISTRIBUTED_DEBUG": ("DETAIL", "checks every collective with another one"),
+    "NCCL_P2P_DISABLE": ("1", "sends between GPUs through the host's memory"),
+    "NCCL_SHM_DISABLE": ("1", "sends between processes of a host through the network"),
+    "NCCL_IB_DISABLE": ("1", "sends between hosts over plain sockets"),
+    "TORCH_COMPILE_DISABLE": ("1", "makes `training.compile` do nothing"),
+}
+"""Variables that are set for debugging and forgotten: the value that does so, and what it then does."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,23 @@ def console_descriptor() -> int | None:
 def launcher_process() -> int | None:
     """The process id of our local launcher; None outside of it."""
     return _number(os.environ, LAUNCHER_VARIABLE) if LAUNCHER_VARIABLE in os.environ else None
+
+
+def launcher_variables() -> tuple[dict[str, str], bool]:
+    """Those by which a launcher tells a process its place, as they are set here, and whether a launcher left its mark,
+    by which they were not set by hand."""
+    return {name: os.environ[name] for name in _OF_A_LAUNCHER if name in os.environ}, any(
+        mark in os.environ for mark in _MARKS
+    )
+
+
+def debugging_variables() -> dict[str, str]:
+    """What is set that makes runs slow: each `NAME=value`, with what it does."""
+    return {
+        f"{name}={value}": effect
+        for name, (value, effect) in _FOR_DEBUGGING.items()
+        if os.environ.get(name, "").upper() == value
+    }
 
 
 def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment | None:
