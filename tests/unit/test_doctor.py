@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -187,6 +188,36 @@ def test_a_version_is_judged_by_what_is_needed_and_what_was_tested(
     assert finding.status == status
     assert found in finding.found
     assert finding.fix is None if fix is None else fix in (finding.fix or "")
+
+
+def test_packages_that_cannot_be_imported_are_told_with_their_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def import_module(name: str) -> None:
+        if name in ("torch", "peft"):
+            raise OSError("libcudart.so.12: cannot open shared object file")
+        if name == "deepspeed":
+            raise ImportError("cannot import name X")
+
+    monkeypatch.setattr(versions.importlib, "import_module", import_module)
+    finding = versions.imports(HOST)
+    assert finding.status == "broken"
+    assert "torch, peft cannot be imported (OSError: libcudart.so.12" in finding.found
+    assert "deepspeed cannot be imported (ImportError: cannot import name X)" in finding.found
+    assert "--force-reinstall torch" in (finding.fix or "")
+
+
+def test_a_check_that_needs_what_cannot_be_imported_says_where_to_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "half_installed.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def needs_it(host: Host) -> Finding:
+        importlib.import_module("half_installed")
+        return ok("")
+
+    [result] = run_checks([Check("needs-it", needs_it, None, False, "Restart it.", "broken")], HOST)
+    assert "libcudart" in result.finding.found
+    assert "`imports`" in (result.finding.fix or "")
 
 
 def test_packages_without_a_line_of_their_own_are_missed_too(monkeypatch: pytest.MonkeyPatch) -> None:

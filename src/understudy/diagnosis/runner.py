@@ -30,6 +30,7 @@ KILLED_SECONDS = 5.0
 """A process stuck in the kernel, on a file server that is gone, does not end when it is killed; it is left behind."""
 SIDE_BY_SIDE = 4
 WORD_CHARACTERS = 300
+IMPORT = "A package cannot be imported: see what the check `imports` says."
 START = "See `process-limit` and `host-memory`; end processes that are not needed, and run this again."
 
 
@@ -82,8 +83,8 @@ def find_safely(check: Check, host: Host) -> Finding:
     except Exception as error:  # noqa: BLE001
         words = (str(error).strip().splitlines() or [""])[0]
         found = words if isinstance(error, UserError) else f"{type(error).__name__}: {words}".removesuffix(": ")
-        lines = "".join(traceback.format_exception(error))
-        return Finding(check.lost_is, _shortened(found), check.if_lost, {"traceback": lines})
+        fix = IMPORT if check.name != "imports" and _while_importing(error) else check.if_lost
+        return Finding(check.lost_is, _shortened(found), fix, {"traceback": "".join(traceback.format_exception(error))})
 
 
 def _start(waiting: list[Check], running: list[_Running], host: Host, scratch: Path) -> list[Result]:
@@ -154,6 +155,11 @@ class _Running:
         if output:
             found += f"; it said last: {_shortened(output.splitlines()[-1].strip())}"
         return Finding(self.check.lost_is, found, self.check.if_lost, {"output": output[-4000:]})
+
+
+def _while_importing(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ImportError) or any(frame.name == "<module>" for frame in frames)
 
 
 def _shortened(words: str) -> str:

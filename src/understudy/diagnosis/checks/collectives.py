@@ -71,6 +71,8 @@ def try_collectives(
     except UnderstudyError as error:
         causes = [read_cause(directory.cause(rank)) for rank in range(processes)]
         problem = _words([cause for cause in causes if cause is not None], error)
+        if not any(causes) and (said := _last_words(directory, processes)):
+            problem += f"; it said last: {said}"
     steps = [step for rank in range(processes) for step in read_progress(directory.path, rank)]
     if problem is not None:
         return _broken(problem, steps, processes, fix)
@@ -123,6 +125,12 @@ def _words(causes: Sequence[Cause], error: UnderstudyError) -> str:
     if first is None or first.peer_failed:
         return str(error).partition(";")[0]  # the rest names a log, which is gone by then
     return f"rank {first.rank}: {first.message}"
+
+
+def _last_words(directory: RunDirectory, processes: int) -> str:
+    """The last line of the first process that printed any."""
+    logs = (directory.log(rank).read_text(encoding="utf-8", errors="replace").strip() for rank in range(processes))
+    return next((log.splitlines()[-1] for log in logs if log), "")
 
 
 class _OutOfTimeError(BaseException):

@@ -19,10 +19,10 @@ SMALLEST, LARGEST = 256, 8192
 MEASURED_SECONDS = 0.05
 ROUNDING = 0.02
 """Relative to the largest value; a product of bf16 numbers, added up in fp32 or better, is rounded to 2⁻⁸."""
-HANGS = "The driver does not answer: see what `nvidia-smi` or `npu-smi` says, and restart the machine if they hang too."
+FAILS = "See what the vendor's tool (`nvidia-smi`, `npu-smi`) says of the devices; restart the machine if it hangs too."
 
 
-@check("devices", seconds=120, if_lost=HANGS)
+@check("devices", seconds=120, if_lost=FAILS)
 def devices(host: Host) -> Finding:
     from understudy.devices.device import find_device
     from understudy.devices.obstacle import find_obstacle
@@ -56,7 +56,7 @@ def devices(host: Host) -> Finding:
     return ok(found, **details)
 
 
-@check("matrix-product", seconds=120, alone=True, if_lost=HANGS)
+@check("matrix-product", seconds=120, alone=True, if_lost=FAILS)
 def matrix_product(host: Host) -> Finding:
     """In bf16, on every device, against fp32 on the processor."""
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 from functools import partial
 from importlib import metadata
@@ -9,7 +10,7 @@ from importlib import metadata
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from understudy.diagnosis.check import Finding, Host, broken, check, ok, warning
+from understudy.diagnosis.check import Finding, Host, all_of, broken, check, ok, warning
 from understudy.diagnosis.installed import OURSELVES, asked_for, installed_version, tested_version, unmet
 
 SHOWN = ("torch", "transformers", "numpy", "peft", "bitsandbytes", "deepspeed")
@@ -56,6 +57,34 @@ def package(name: str, host: Host) -> Finding:
 
 for _name in SHOWN:
     check(_name)(partial(package, _name))
+
+
+@check("imports", seconds=180, if_lost="Reinstall what it said last, or make a fresh environment for Understudy.")
+def imports(host: Host) -> Finding:
+    """Whether the packages with a line of their own can be imported, as far as they are installed. One that cannot may
+    lack a library of the system, or be built for other versions of the rest."""
+    there = [name for name in SHOWN if installed_version(name) is not None]
+    failed: dict[str, list[str]] = {}
+    for name in there:
+        try:
+            importlib.import_module(name)
+        # Whatever it raises is what was found out, and the other packages are tried too.
+        except Exception as error:  # noqa: BLE001
+            words = (str(error).strip().splitlines() or [""])[0]
+            failed.setdefault(f"{type(error).__name__}: {words}", []).append(name)
+    if not failed:
+        return ok(f"{', '.join(there)} can be imported")
+    return all_of(
+        [
+            broken(
+                f"{', '.join(names)} cannot be imported ({words})",
+                # Those after the first import it.
+                "If a library or another package is missing, install that; else "
+                f"`pip install --force-reinstall {names[0]}`.",
+            )
+            for words, names in failed.items()
+        ]
+    )
 
 
 @check("other-packages")
