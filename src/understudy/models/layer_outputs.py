@@ -37,8 +37,8 @@ def collecting_outputs(layers: Mapping[int, nn.Module], rows: Tensor) -> Iterato
 
 
 class _Rows(torch.autograd.Function):
-    """`index_select` that saves no tensor for the backward pass: where hooks are part of what activation checkpointing
-    computes again (transformers before 5.23), it would find one fewer than there were."""
+    """`index_select` that saves no tensor for the backward pass. Where hooks are part of what activation checkpointing
+    computes again, as in transformers 5.5, it would then miss that tensor."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, rows: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import metadata
 from typing import Any, cast
 
@@ -191,6 +191,19 @@ class ZeroEngine(_EngineBackward, ModuleStrategy):
     def _refuses_infinite_gradients(self) -> bool:
         """Releases without this setting (0.14.4) check gradients in fp16 only."""
         return self.precision.loss_scaling or hasattr(self.engine._config, "bfloat16_config")
+
+    @contextmanager
+    def _inferring(self) -> Iterator[None]:
+        with super()._inferring():
+            self._forget_order()
+            yield
+            self._forget_order()
+
+    def _forget_order(self) -> None:
+        """DeepSpeed 0.14.4 has ZeRO-3 expect the modules of the pass without gradient before in the next one too. It
+        fetches ahead what that may not need, a head's or an adapter's, and then fails over it."""
+        offload = getattr(self.engine.optimizer, "parameter_offload", None)
+        getattr(offload, "param_coordinators", {}).pop(False, None)
 
     def optimizer_step(self, lr: float, max_norm: float | None) -> Tensor:
         assert (max_norm or 0.0) == self.engine.gradient_clipping(), "the engine clips by its configuration"
