@@ -20,9 +20,7 @@ NAMES = ("startup", "tokenizing", "head", "distillation", "teacher-cache", "trai
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measures speed and memory; a few minutes."
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measures speed and memory.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"which to run, of {', '.join(NAMES)}; default: all")
     parser.add_argument(
         "--model", type=Path, default=ROOT / "build" / "smollm2", help="directory of SmolLM2-135M-Instruct"
@@ -31,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--steps", type=int, default=Extent.steps, help="of training or of a loss, in each process; at least 2"
     )
-    parser.add_argument("--rounds", type=int, default=Extent.rounds, help="of those: processes on each side")
+    parser.add_argument("--rounds", type=int, default=Extent.rounds, help="of training: processes on either side")
     arguments = parser.parse_args(argv)
     names = arguments.names or NAMES
     if arguments.steps < 2 or arguments.rounds < 1:
@@ -54,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "head" in names:
         head.compare()
     if "distillation" in names:
-        distillation.compare(extent)
+        distillation.compare(extent.steps)
     if "teacher-cache" in names:
         teacher_cache.compare()
     if "training" in names:

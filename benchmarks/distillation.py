@@ -8,14 +8,12 @@ work on the machine does not count.
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 
 from benchmarks.process import ROOT, measure
-from benchmarks.side_by_side import Extent
 from benchmarks.table import GIBIBYTE, Row, print_table
 
 __all__ = ["PEERS", "Case", "Measured", "compare"]
@@ -56,11 +54,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a side did: one process, or the median of several."""
+    """What a side did."""
 
     seconds: float
     """Of loss and gradient."""
-    num_bytes: float
+    num_bytes: int
     """Most memory beyond inputs and gradients."""
     loss: float
     """Nats a token."""
@@ -84,8 +82,9 @@ COMPARED = (Case(49_152, tokens=2_048), Case(128_256, tokens=1_024))
 """Each with more tokens than the head has logits of at once."""
 
 
-def compare(extent: Extent, *, cases: Sequence[Case] = COMPARED) -> None:
-    """Prints the tables. Ends the program where two sides do not compute the same."""
+def compare(steps: int, *, cases: Sequence[Case] = COMPARED) -> None:
+    """Prints the tables. `steps` are each side's, of which the first is not timed. Ends the program where two sides do
+    not compute the same."""
     version = _trl_version()
     rows: dict[str, list[Row]] = {"naive": [], "trl": []}
     growth = []
@@ -97,14 +96,14 @@ def compare(extent: Extent, *, cases: Sequence[Case] = COMPARED) -> None:
             f"forward KL, top {KEPT}": replace(whole, kept=KEPT),
         }
         for name, case in kinds.items():
-            references = ["naive", *(["trl"] if version is not None and case.kept is None else [])]
-            sides = _measure(case, ["ours", *references], extent)
-            for side in references:
-                rows[side] += _rows(f"{case.size}, {name}", sides["ours"], sides[side], AGREE[case.precision])
+            ours = _measure("ours", case, steps)
+            for side in ("naive", *(("trl",) if version is not None and case.kept is None else ())):
+                reference = _measure(side, case, steps)
+                rows[side] += _rows(f"{case.size}, {name}", ours, reference, AGREE[case.precision])
         growth += _growth(whole)
     print_table(
-        f"Distillation: loss and gradients, hidden width {cases[0].width}, one core, {extent.steps} steps × "
-        f"{extent.rounds} rounds; memory is beyond inputs and gradients",
+        f"Distillation: loss and gradients, hidden width {cases[0].width}, one core, median of {steps - 1}; memory is "
+        "beyond inputs and gradients",
         "all logits",
         rows["naive"],
     )
@@ -122,24 +121,9 @@ def _trl_version() -> str | None:
     return None if found is None else found.version
 
 
-def _measure(
-    case: Case, sides: Sequence[str], extent: Extent, environment: Mapping[str, str] | None = None
-) -> dict[str, Measured]:
-    """Each side in processes of its own, in turn; the one that went first goes last in the next round."""
-    rounds: dict[str, list[Measured]] = {side: [] for side in sides}
-    for number in range(extent.rounds):
-        for side in list(sides)[:: -1 if number % 2 else 1]:
-            settings = {"side": side, "case": asdict(case), "steps": extent.steps}
-            done = measure("benchmarks.distillation_sides", settings, {**ONE_CORE, **(environment or {})})
-            rounds[side].append(Measured(**done))
-    return {
-        side: replace(
-            measured[0],
-            seconds=statistics.median(one.seconds for one in measured),
-            num_bytes=statistics.median(one.num_bytes for one in measured),
-        )
-        for side, measured in rounds.items()
-    }
+def _measure(side: str, case: Case, steps: int, environment: Mapping[str, str] | None = None) -> Measured:
+    settings = {"side": side, "case": asdict(case), "steps": steps}
+    return Measured(**measure("benchmarks.distillation_sides", settings, {**ONE_CORE, **(environment or {})}))
 
 
 def _rows(name: str, ours: Measured, reference: Measured, agree: float) -> list[Row]:
@@ -169,16 +153,15 @@ def _growth(case: Case) -> list[Row]:
     rows = []
     for tokens in (case.tokens // 4, case.tokens, case.tokens * 4):
         one = replace(case, tokens=tokens)
-        references = ["naive"] if tokens <= case.tokens else []
-        sides = _measure(one, ["ours", *references], Extent(steps=2, rounds=1), FREED_AT_ONCE)
-        gibibytes = {side: measured.num_bytes / GIBIBYTE for side, measured in sides.items()}
+        ours = _measure("ours", one, 2, FREED_AT_ONCE).num_bytes / GIBIBYTE
+        naive = _measure("naive", one, 2, FREED_AT_ONCE).num_bytes / GIBIBYTE if tokens <= case.tokens else None
         rows.append(
             Row(
                 one.size,
-                f"{gibibytes['ours']:.2f} GiB",
-                *(f"{gibibytes[side]:.2f} GiB" for side in references),
+                f"{ours:.2f} GiB",
+                "" if naive is None else f"{naive:.2f} GiB",
                 goal=f"at most {MOST_GIBIBYTES} GiB",
-                reached=gibibytes["ours"] <= MOST_GIBIBYTES,
+                reached=ours <= MOST_GIBIBYTES,
             )
         )
     return rows

@@ -14,7 +14,6 @@ import torch
 from benchmarks import distillation, teacher_cache
 from benchmarks.distillation import Case, Measured
 from benchmarks.distillation_sides import SIDES, make_inputs, measure_side
-from benchmarks.side_by_side import Extent
 from benchmarks.teacher_cache_worker import measure_case
 from torch import Tensor
 
@@ -29,7 +28,6 @@ CASES = {
     "bf16": replace(CASE, precision="bf16"),
     "top k": replace(CASE, kept=8),
 }
-ONCE = Extent(steps=2, rounds=1)
 
 
 class Trainer:
@@ -82,13 +80,13 @@ def test_a_side_is_measured_beyond_its_inputs_and_gradients() -> None:
 
 def made_up(_: str, settings: Mapping[str, Any], __: Mapping[str, str]) -> dict[str, float]:
     """A child process's answer: understudy takes half a GiB, the others more with each token."""
-    num_bytes = 2**30 * (0.5 if settings["side"] == "ours" else settings["case"]["tokens"])
+    num_bytes = 2**29 if settings["side"] == "ours" else 2**30 * settings["case"]["tokens"]
     return asdict(Measured(1.0, num_bytes, 2.0, 3.0, 4.0))
 
 
 def tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], version: str | None) -> str:
     monkeypatch.setattr(distillation, "_trl_version", lambda: version)
-    distillation.compare(ONCE, cases=[replace(CASE, tokens=16)])
+    distillation.compare(2, cases=[replace(CASE, tokens=16)])
     return capsys.readouterr().out
 
 
@@ -124,7 +122,7 @@ def test_sides_that_differ_are_not_compared(monkeypatch: pytest.MonkeyPatch, dif
         lambda *given: {**made_up(*given), **(differing if given[1]["side"] == "ours" else {})},
     )
     with pytest.raises(SystemExit, match="do not compute the same"):
-        distillation.compare(ONCE, cases=[CASE])
+        distillation.compare(2, cases=[CASE])
 
 
 @pytest.mark.parametrize("case", teacher_cache.CASES[:3], ids=lambda case: case.kind)
