@@ -67,6 +67,7 @@ def test_a_cache_teaches_as_its_teacher_does_alone_and_beside_it(tmp_path: Path,
         built = run([*UNDERSTUDY, "teacher", "cache", file], tmp_path)
         assert built.returncode == 0, built.stderr
         assert "bytes a token" in built.stdout
+        assert ("the student's divergence as training begins" in built.stdout) == (targets == "top_k")
         assert losses(tmp_path, {**cached, "strategy": "zero2"}, targets) == pytest.approx(expected, rel=tolerance)
     again = run([*UNDERSTUDY, "teacher", "cache", file], tmp_path)
     assert "nothing to do" in again.stdout

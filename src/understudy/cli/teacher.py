@@ -32,7 +32,7 @@ def cache(recipe: Path, overrides: tuple[str, ...]) -> None:
 
     loaded, sources = load_recipe(recipe, overrides)  # before the imports that take seconds
 
-    from understudy.training.teacher_cache import build_teacher_caches
+    from understudy.training.teacher_cache_build import build_teacher_caches
 
     build_teacher_caches(loaded, sources, click.echo)
 

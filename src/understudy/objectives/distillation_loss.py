@@ -34,8 +34,8 @@ class DistillationLoss:
     teacher's likeliest class), `calibration` (see `calibration_gaps`).
 
     Memory: the logits, whose place the gradient takes; dense targets' logits of the same chunk; and, as rows are worked
-    on a block at a time, four or five tensors of `block_bytes`, two for top-k targets, seven for adaptive KL, eleven for
-    uld; over another vocabulary a teacher's block is as much larger as that is, and only a block's logits exist.
+    on a block at a time, four or five tensors of `block_bytes`, two for top-k targets, seven for adaptive KL, eleven
+    for uld; over another vocabulary a teacher's block is as much larger as that is, and only a block's logits exist.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from understudy.contracts import IGNORED, Batch
 from understudy.data.binning import consecutive_bins
 from understudy.devices.device import find_device
 from understudy.models.language_model import LanguageModel
-from understudy.objectives.teachers.cache_contents import Contents, Rows, Samples
+from understudy.objectives.teachers.cache_contents import Contents, Rows, Samples, TopK
 from understudy.objectives.teachers.cache_format import example_key, read_description
 from understudy.objectives.teachers.cache_writer import CacheWriter
 from understudy.objectives.teachers.caching import Kept, keep
@@ -22,8 +23,10 @@ from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.teachers import CachedTeacher
 from understudy.strategies.teaching import hold
+from understudy.training.cache_difference import SAMPLED_EXAMPLES, measure_difference, open_student
 from understudy.training.job import Job, read_job
-from understudy.training.teacher_cache import Asked, Example, examples_of
+from understudy.training.teacher_cache import Example, Examples
+from understudy.training.teacher_cache_build import Asked, examples_of
 from understudy.training.teacher_model import open_teacher, teacher_dtype
 from understudy.training.teacher_processes import Pace, TeacherProcess, teacher_process
 
@@ -64,7 +67,24 @@ def _build(job: Job, device: torch.device, process: TeacherProcess) -> None:
         left_out = asked.left_out + sum(each.left_out for each in kept)
         asked = replace(asked, tokens=asked.tokens + len(rows[0]), left_out=left_out)
         pace.advance(1, len(rows[0]))
+    if rank == 0 and pending and isinstance(description.contents, TopK):
+        with process.requests.interruptible():
+            student, batches = open_student(job, device), _sampled(examples, device)
+            difference = measure_difference(objective, student, teacher.model, description.contents, batches)
+            asked = replace(asked, difference=difference)
     asked.write(process.directory, rank)
+
+
+def _sampled(examples: Examples, device: torch.device) -> list[Batch]:
+    """Examples from all over the set, each alone."""
+    indices = np.unique(np.linspace(0, len(examples) - 1, SAMPLED_EXAMPLES).astype(np.int64)).tolist()
+    members = [(torch.from_numpy(tokens.astype(np.int64)), mask) for tokens, mask in map(examples.__getitem__, indices)]
+    documents = [(tokens, _labels(tokens, mask)) for tokens, mask in members if mask.any()]
+    return [Batch.of([document]).to(device) for document in documents]
+
+
+def _labels(tokens: Tensor, mask: npt.NDArray[np.bool_]) -> Tensor:
+    return torch.where(torch.from_numpy(mask), tokens.roll(-1), IGNORED)
 
 
 def _batched(members: list[Example], recipe: Recipe) -> Iterator[list[Example]]:
