@@ -37,7 +37,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        what = {"top_k": f"k = {self.kept}", "samples": f"m = {self.drawn}", "hidden": f"width {self.width}, bf16"}
+        if self.kind == "hidden":
+            return f"hidden, width {self.width}, bf16"
+        what = {"top_k": f"k = {self.kept}", "samples": f"m = {self.drawn}"}
         return f"{self.kind}, {what[self.kind]}, {self.vocabulary:,} ids"
 
 
@@ -50,8 +52,10 @@ class Measured:
     """Tokens a second that `keep` takes in."""
     written: float
     """Tokens a second of a `CacheWriter`, its commit included."""
+    first_read: float
+    """Tokens a second of a `TeacherCache` that is opened and read in random order, which verifies it."""
     read: float
-    """Tokens a second of a `TeacherCache` that is opened, verified and read once, in random order."""
+    """Tokens a second as it is read again."""
 
     @property
     def built(self) -> float:
@@ -59,7 +63,10 @@ class Measured:
         return 1 / (1 / self.kept + 1 / self.written)
 
 
-CASES = tuple(Case(kind, vocabulary) for vocabulary in (49_152, 128_256) for kind in ("top_k", "samples", "hidden"))
+CASES = (
+    *(Case(kind, vocabulary) for vocabulary in (49_152, 128_256) for kind in ("top_k", "samples")),
+    Case("hidden", 128_256),
+)
 
 
 def compare() -> None:
@@ -70,10 +77,10 @@ def compare() -> None:
         with tempfile.TemporaryDirectory(prefix="understudy-bench-", dir=ROOT / "build") as scratch:
             settings = {"case": asdict(case), "scratch": scratch}
             done = Measured(**measure("benchmarks.teacher_cache_worker", settings, ONE_CORE))
-        rates = (done.built, done.written, done.read)
+        rates = (done.built, done.written, done.first_read, done.read)
         rows.append([case.name, f"{done.bytes_per_token:.1f}", *(f"{rate:,.0f}" for rate in rates)])
     print_figures(
         f"Teacher cache: {CASES[0].examples:,} examples, {CASES[0].supervised} supervised tokens each, one core",
-        ("bytes a token", "built, tokens/s", "of which written", "read, tokens/s"),
+        ("bytes a token", "built, tokens/s", "of which written", "first read", "read again"),
         rows,
     )
