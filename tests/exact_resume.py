@@ -166,7 +166,7 @@ class _Scene:
                 model_directory=self.model,
                 adapter_directory=None,
                 tokenizer_directory=self.model,
-                teacher=None,
+                teachers=(),
                 train=self.root / "cache",
                 evaluation=None,
                 resume=None if found is None else found.checkpoint,
