@@ -77,7 +77,7 @@ def compare_teachers(runs: Runs, model: Path, steps: int, samples: int) -> None:
             nats = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
             rows.append((f"{name}, {strategy}", f"{losses[0]:.5f} … {losses[-1]:.5f}", f"{apart:.1e}", f"{nats:.1e}"))
         for line in said.splitlines():
-            if found := re.search(r"[\d.]+ bytes a token|at most \S+ nats a token", line):
+            if found := re.search(r"[\d.]+ bytes a token|at most \S+ apart in each of \d+ examples", line):
                 rows.append((f"  {name}: {found[0]}", "", "", ""))
     columns = ("losses", "largest relative difference", "in nats a token")
     print_figures(f"the same student from each teacher, {steps} steps of 8 examples, fp32, 2 processes", columns, rows)

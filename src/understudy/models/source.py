@@ -41,7 +41,7 @@ def model_directory(model: schema.Model) -> Path:
                 "`adapter: {kind: …, path: …}` to go on training it."
             )
         inside = directory / "model"
-        instead = f"name {inside}" if (inside / "config.json").is_file() else "check model.path"
+        instead = f"name {inside}" if (inside / "config.json").is_file() else "correct the path"
         raise UserError(f"{directory} has no config.json, so it is no Hugging Face model; {instead}.")
     if weighted:
         _require_safetensors(directory)

@@ -56,6 +56,8 @@ def determinants(recipe: Recipe) -> dict[str, Any]:
     if flat["model.path"] is not None:
         # Its weights are the checkpoint's by now; another name means another model, another place does not.
         flat["model.path"] = PurePath(flat["model.path"]).name
+    for key in [key for key in flat if key.startswith("objective.teacher.") and key.endswith(".path")]:
+        flat[key] = PurePath(flat[key]).name
     # Sections that may be absent, so that to add one is a change too.
     flat |= {} if recipe.adapter else {"adapter.kind": None}
     flat |= {} if recipe.quantization else {"quantization.bits": None}

@@ -29,7 +29,14 @@ from understudy.training.cache_difference import Difference, StudentPlace, find_
 from understudy.training.job import Job, TeacherPlace, write_job
 from understudy.training.start import chosen_processes
 from understudy.training.teacher_cache import Examples, describe_cache
-from understudy.training.teacher_model import TEACHER, find_directory, judge_teacher, open_teacher, teacher_dtype
+from understudy.training.teacher_model import (
+    TEACHER,
+    classes_of,
+    find_directory,
+    judge_teacher,
+    open_teacher,
+    teacher_dtype,
+)
 from understudy.training.teacher_processes import process_directory, run_teacher_processes, stopping_on_request
 
 __all__ = ["Asked", "build_teacher_caches", "examples_of"]
@@ -118,8 +125,8 @@ def _build(
     if tokens and description.contents.kind == "top_k":
         lost = sum(each.left_out for each in asked)
         say(
-            f"what is left out: at most {lost / tokens:.2e} nats a token of forward KL, for a student that takes all "
-            "other tokens for equally likely"
+            f"left out: {lost / tokens:.2e} nats a token of forward KL, for a student that takes all other tokens for "
+            "equally likely"
         )
     if (difference := asked[0].difference) is not None:
         say(difference.in_words())
@@ -140,7 +147,7 @@ def _found(question: Question, section: CachedTeacher) -> tuple[Job, CacheDescri
         tokenizer = load_tokenizer(tokenizer_directory, recipe.data.chat_template)
         caches = [TokenCache.open(path) for path in (data.train, data.evaluation) if path is not None]
         longest = max(int(cache.lengths.max()) for cache in caches)
-        shared = judge_teacher(opened, section.path, tokenizer, longest)
+        shared = judge_teacher(opened, section.path, tokenizer, classes_of(recipe), longest)
     description = describe_cache(recipe, section, opened, tokenizer, shared)
     cache = description.directory(cache_directory())
     assert isinstance(recipe.objective, Distillation), "only distillation has a teacher"

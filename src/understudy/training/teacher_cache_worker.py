@@ -54,7 +54,8 @@ def _build(job: Job, device: torch.device, process: TeacherProcess) -> None:
         description = read_description(place.cache)
         examples = examples_of(job)
         writer = CacheWriter(place.cache, description, rank, world_size, examples.keys())
-        if pending := list(writer.pending()):
+        pending, measures = list(writer.pending()), rank == 0 and isinstance(description.contents, TopK)
+        if pending or measures:
             hold(teacher.model, teacher.read, device, dtype)
             teacher.model.eval()
     pace = Pace(process, "shard", len(pending))
@@ -67,7 +68,7 @@ def _build(job: Job, device: torch.device, process: TeacherProcess) -> None:
         left_out = asked.left_out + sum(each.left_out for each in kept)
         asked = replace(asked, tokens=asked.tokens + len(rows[0]), left_out=left_out)
         pace.advance(1, len(rows[0]))
-    if rank == 0 and pending and isinstance(description.contents, TopK):
+    if measures and isinstance(description.contents, TopK):
         with process.requests.interruptible():
             student, batches = open_student(job, device), _sampled(examples, device)
             difference = measure_difference(objective, student, teacher.model, description.contents, batches)

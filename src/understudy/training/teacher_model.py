@@ -15,7 +15,7 @@ from understudy.models.build import make_language_model, open_weights
 from understudy.models.identity import model_digest
 from understudy.models.language_model import LanguageModel
 from understudy.models.quantization.materialize import materialize_quantized
-from understudy.models.source import model_directory, tokenizer_directory
+from understudy.models.source import model_directory, read_config, tokenizer_directory
 from understudy.models.tokenizer import load_tokenizer
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.schema import Model, Recipe
@@ -25,6 +25,7 @@ from understudy.strategies.precision import precision_of
 __all__ = [
     "TEACHER",
     "OpenedTeacher",
+    "classes_of",
     "find_directory",
     "judge_teacher",
     "judge_tokenizer",
@@ -72,11 +73,25 @@ def open_teacher(directory: Path, dtype: torch.dtype) -> OpenedTeacher:
     return OpenedTeacher(directory, model, open_weights(directory, model))
 
 
-def judge_teacher(opened: OpenedTeacher, name: str, student_tokenizer: Any, longest: int) -> int:
-    """How many of the first tokens are the same to the teacher, called `name`, and to the student. Raises `UserError`
+def judge_teacher(
+    opened: OpenedTeacher, name: str, student_tokenizer: Any, student_classes: int | None, longest: int
+) -> int:
+    """How many of the first classes mean the same to the teacher, called `name`, and to the student. Raises `UserError`
     when the teacher does not read as the student does, or has fewer positions than the `longest` example."""
     require_positions(opened, longest)
-    return judge_tokenizer(tokenizer_directory(Model(path=str(opened.directory))), name, student_tokenizer)
+    shared = judge_tokenizer(tokenizer_directory(Model(path=str(opened.directory))), name, student_tokenizer)
+    # Of heads that are equally long the padding is alike too, and a student must learn never to say it.
+    classes = int(opened.model.config.get_text_config().vocab_size)
+    return classes if classes == student_classes else shared
+
+
+def classes_of(recipe: Recipe) -> int | None:
+    """Of the student's head; None where its tokenizer alone tells."""
+    config = read_config(recipe.model)
+    if recipe.model.new_tokens:
+        return None
+    size = (config.get("text_config") or config).get("vocab_size")
+    return size if isinstance(size, int) else None
 
 
 def require_positions(opened: OpenedTeacher, longest: int) -> None:

@@ -41,6 +41,7 @@ from understudy.training.teacher_cache import Examples, describe_cache, require_
 from understudy.training.teacher_model import (
     TEACHER,
     OpenedTeacher,
+    classes_of,
     find_directory,
     judge_teacher,
     open_teacher,
@@ -85,7 +86,9 @@ def find_teachers(
                 places.append(find_server(section, student_tokenizer, data, key, report))
             continue
         if isinstance(section, sections.BaseTeacher):
-            places.append(TeacherPlace(None, None, student.config.get_text_config().vocab_size))
+            count = sum(parameter.numel() for parameter in student.parameters())
+            classes = student.config.get_text_config().vocab_size
+            places.append(TeacherPlace(None, None, classes, parameters=count))
             continue
         assert isinstance(section, sections.LocalTeacher), "what is left"
         with sources.placing(TEACHER):
@@ -98,7 +101,7 @@ def find_teachers(
                 )
                 places.append(replace(aligned, parameters=_parameters(opened)))
                 continue
-            shared = judge_teacher(opened, section.path, student_tokenizer, longest)
+            shared = judge_teacher(opened, section.path, student_tokenizer, classes_of(recipe), longest)
         cache = None
         if isinstance(section, sections.CachedTeacher):
             description = describe_cache(recipe, section, opened, student_tokenizer, shared)

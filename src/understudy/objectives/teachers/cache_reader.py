@@ -30,6 +30,8 @@ from understudy.objectives.teachers.cache_format import (
 
 __all__ = ["CommittedPart", "DamagedCacheError", "TeacherCache", "open_parts"]
 
+MISSING = "is missing"
+
 _LISTED = re.compile(r"([0-9a-f]{64})  (\S+)\n")
 
 
@@ -124,7 +126,7 @@ class CommittedPart:
         self._num_shards = int(self._shard[-1]) + 1
         for shard in range(self._num_shards):
             if not (directory / shard_name(shard)).is_file():
-                raise _damaged(directory / shard_name(shard), "is missing")
+                raise _damaged(directory / shard_name(shard), MISSING)
         self._shards: dict[int, dict[str, Tensor]] = {}
 
     def find(self, key: bytes) -> tuple[int, int] | None:
@@ -183,7 +185,7 @@ def _check(path: Path, expected: str | None) -> None:
     try:
         found = file_digest(path)
     except FileNotFoundError:
-        raise _damaged(path, "is missing") from None
+        raise _damaged(path, MISSING) from None
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})") from None
     if found != expected:
@@ -191,6 +193,5 @@ def _check(path: Path, expected: str | None) -> None:
 
 
 def _damaged(path: Path, what: str) -> DamagedCacheError:
-    return DamagedCacheError(
-        f"{what}; remove it and run {BUILD_COMMAND}, which builds again what is missing.", file=path
-    )
+    remove = "" if what == MISSING else "remove it and "
+    return DamagedCacheError(f"{what}; {remove}run {BUILD_COMMAND}, which builds again what is missing.", file=path)

@@ -1,0 +1,54 @@
+"""What of a teacher's vocabulary is compared with a student's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.small_adapters import write_model
+from understudy.errors import UserError
+from understudy.models.tokenizer import load_tokenizer
+from understudy.recipe.schema import Recipe
+from understudy.training.resume import determinants
+from understudy.training.teacher_model import classes_of, judge_teacher, open_teacher
+
+pytestmark = pytest.mark.unit
+
+TOKENS = 13
+"""Of the tokenizer; heads are padded to 16."""
+
+
+def recipe(model: dict[str, Any], teacher: str = "unused") -> Recipe:
+    return Recipe.model_validate(
+        {
+            "name": "test",
+            "output_dir": "unused",
+            "model": model,
+            "data": {"train": [{"path": "unused"}]},
+            "objective": {"kind": "distillation", "teacher": {"kind": "resident", "path": teacher}},
+        }
+    )
+
+
+def test_heads_of_one_length_are_compared_whole_and_others_by_tokens(tmp_path: Path) -> None:
+    opened = open_teacher(write_model(tmp_path / "teacher"), torch.float32)
+    student = load_tokenizer(write_model(tmp_path / "student", vocab_size=24))
+
+    def shared(model: dict[str, Any]) -> int:
+        return judge_teacher(opened, "teacher", student, classes_of(recipe(model)), longest=9)
+
+    same = {"init": "random", "config": {"model_type": "llama", "vocab_size": 16}, "tokenizer": "unused"}
+    assert shared(same) == 16
+    assert shared({"path": str(tmp_path / "teacher")}) == 16
+    assert shared({"path": str(tmp_path / "student")}) == TOKENS
+    assert shared({"path": str(tmp_path / "teacher"), "new_tokens": ["<extra>"]}) == TOKENS
+    with pytest.raises(UserError, match="has positions for 128"):
+        judge_teacher(opened, "teacher", student, 16, longest=129)
+
+
+def test_a_teacher_that_was_moved_is_the_same_and_another_is_not() -> None:
+    told = [determinants(recipe({"path": "student"}, path)) for path in ("/a/teacher", "b/teacher", "b/other")]
+    assert told[0] == told[1] != told[2]
