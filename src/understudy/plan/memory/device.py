@@ -33,7 +33,7 @@ in steady state, with blocks rounded to 2 MiB."""
 @dataclass(frozen=True)
 class DevicePeak:
     moment: str
-    """loss, head, layers, embedding, step or teacher: when the peak is."""
+    """turn, loss, head, layers, embedding, sending, step or teacher: when the peak is."""
     breakdown: dict[str, int]
     """Bytes of each of `COMPONENTS` then."""
 
@@ -61,6 +61,10 @@ def device_peak(
         ("embedding", costs.embedding, int(activations.per_layer * kept) + batch, 0, said),
         ("step", costs.step, 0, 0, 0),
     ]
+    if costs.turn is not None:
+        moments.append(("turn", costs.turn, everything, 0, said))
+    if costs.sending is not None:
+        moments.append(("sending", costs.sending, batch, 0, said))
     working = peak(activations.working, tokens)
     for instant in costs.layers:
         # The last of the layers is still at work when the share is whole.

@@ -42,9 +42,12 @@ def fsdp_costs(setting: Setting) -> Costs:
     root_buffer = root if shards > 1 else 0
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     layer_sent, root_sent = FP32 * setting.layer_trained, FP32 * setting.outside_numel
-    share = 1 + 1 / shards
+    # Of several micro-batches the last sum is added to the ones before; of one alone it becomes the gradient.
+    share = 1 + 1 / shards if setting.accumulates else 1
+    last = weights * (setting.outside_numel + setting.layer_trained) // shards
+    before = gradients if setting.accumulates else max(0, gradients - last)
     if strategy.offload:
-        held, gradients, there = compute * network.shared, 0, 0
+        held, gradients, there, before = compute * network.shared, 0, 0, 0
     else:
         held = kept
     count = network.shape.sizes.layers
@@ -62,11 +65,9 @@ def fsdp_costs(setting: Setting) -> Costs:
                 1 / count,
                 gathered=root + whole + (0 if layers_whole else buffer),
                 gradients=there + head,
-                communication=math.ceil(layer_sent * share),
+                communication=layer_sent,
             ),
-            Instant(
-                1.0, gathered=root + layer, gradients=gradients + head, communication=math.ceil(layer_sent * share)
-            ),
+            Instant(1.0, gathered=root + layer, gradients=before + head, communication=layer_sent),
         ),
         embedding=Instant(
             1.0,

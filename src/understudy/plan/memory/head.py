@@ -42,10 +42,11 @@ class Head:
         """As a chunk's gradient goes into the weight's: logits, in both dtypes; the weight's gradient in fp32, and a
         chunk's part of it; hidden states and their gradient."""
         chunk, narrow = self.chunk_bytes(tokens), self.itemsize < FP32
-        logits = chunk + chunk * self.itemsize // FP32 * (1 if narrow else 0) + (chunk if self.capped else 0)
+        logits = chunk + chunk * self.itemsize // FP32 * narrow + (chunk if self.capped else 0)
         rows = chunk // (FP32 * self.vocabulary)
-        teacher = rows * self.teacher_classes * (FP32 + (self.itemsize if narrow else 0))
-        weight = self.vocabulary * self.hidden * (FP32 + self.itemsize) if self.trained else 0
+        teacher = rows * self.teacher_classes * (FP32 + self.itemsize * narrow)
+        # In fp32 it is added in place.
+        weight = self.vocabulary * self.hidden * (FP32 + self.itemsize * narrow) if self.trained else 0
         # Logits are rounded before they are summed up, and a chunk's part of the weight's gradient comes after.
         work = max(logits, chunk + teacher + self.blocks * min(_BLOCK_BYTES, chunk))
         return work + weight + self._states(tokens, 2)

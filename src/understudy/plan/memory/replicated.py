@@ -23,21 +23,22 @@ def replicated_costs(setting: Setting) -> Costs:
     casts = weights != compute
     in_buckets = isinstance(setting.strategy, DDP) and setting.processes > 1
     everything = weights * trained
-    there = everything if in_buckets or setting.accumulates else 0
+    # Gradients of the earlier micro-batches are no views of the buckets: autograd makes them anew after each step.
+    there = everything * (in_buckets + setting.accumulates)
     head, embedding = setting.head_gradient, setting.embedding_gradient
     made = compute + weights if casts else compute
     head_made = weights * head if not there else 0
     below = weights * (trained - setting.outside_numel + (0 if setting.network.shape.sizes.tied else head))
     stage_0 = not isinstance(setting.strategy, DDP) and setting.processes > 1
     sent = FP32 * min(trained, _BUCKET) if stage_0 else 0
-    whole = Instant(1.0, gradients=everything)
+    whole = Instant(1.0, gradients=max(there, everything))
     return Costs(
         weights=setting.replicated_weights,
         moments=moment_bytes(setting, _all, weights),
         loss=Instant(gathered=compute * setting.network.head_numel if casts and head else 0, gradients=there),
         head=Instant(gradients=max(there, head_made) + made * head),
         layers=(Instant(gradients=max(there, head_made)), Instant(1.0, gradients=max(there, below))),
-        embedding=replace(whole, gradients=everything + made * embedding, communication=0),
+        embedding=replace(whole, gradients=whole.gradients + made * embedding),
         step=replace(whole, communication=max(sent, step_scratch(setting, _all))),
         casts=casts,
         made=made,

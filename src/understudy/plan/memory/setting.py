@@ -126,6 +126,10 @@ class Costs:
     """As the embedding's gradient is made, and what is left is sent."""
     step: Instant
     """As the optimizer steps."""
+    turn: Instant | None = None
+    """As the forward pass ends, before the head, where that is another moment."""
+    sending: Instant | None = None
+    """As what is left is sent, all layers done, where that is another moment."""
     host: int = 0
     casts: bool = False
     """A trained weight is cast at each use, and the backward pass keeps the copy."""

@@ -38,15 +38,28 @@ def _stage_1(setting: Setting) -> Costs:
     network, compute = setting.network, setting.precision.compute
     trained = network.trained
     part = -(-trained // setting.processes)
-    gradients = FP32 * trained + (compute * trained if setting.precision.name == "bf16" else 0)
-    bucket = FP32 * min(bucket_elements(setting), trained) if setting.precision.name != "bf16" else 0
+    wide, bf16 = FP32 * trained, setting.precision.name == "bf16"
+    # Beside the sums, in bf16, those that the backward pass makes.
+    gradients = wide + (compute * trained if bf16 else 0)
+    there = gradients if setting.accumulates else wide if bf16 else 0
+    bucket = 0 if bf16 else FP32 * min(bucket_elements(setting), trained)
     return Costs(
-        weights=setting.held_bytes(compute) + FP32 * part,
+        weights=setting.held_bytes(compute) + FP32 * part + (0 if bf16 else compute * trained),
         moments=moment_bytes(setting, _part(setting), FP32),
-        loss=Instant(gradients=gradients),
-        head=Instant(gradients=gradients + compute * setting.head_gradient),
-        layers=(Instant(gradients=gradients), Instant(1.0, gradients=gradients, communication=bucket)),
-        embedding=Instant(1.0, gradients=gradients + compute * setting.embedding_gradient, communication=2 * bucket),
+        # What the last micro-batch sent is let go only when the next one sends.
+        loss=Instant(gradients=there, communication=bucket if setting.accumulates else 0),
+        head=Instant(gradients=there + compute * setting.head_gradient, communication=bucket),
+        layers=(
+            Instant(gradients=there + compute * setting.head_gradient, communication=bucket),
+            Instant(1.0, gradients=max(there, gradients), communication=bucket),
+        ),
+        embedding=Instant(
+            1.0, gradients=max(there, gradients) + compute * setting.embedding_gradient, communication=bucket
+        ),
+        # Gradients are sent where they are, but for those of a small model in bf16, which are put together first.
+        sending=Instant(
+            1.0, gradients=gradients, communication=2 * bucket + (wide if bf16 and trained <= DEFAULT_BUCKET else 0)
+        ),
         step=Instant(1.0, gradients=gradients, communication=step_scratch(setting, _part(setting))),
         made=compute,
     )
@@ -55,14 +68,13 @@ def _stage_1(setting: Setting) -> Costs:
 def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     """Gradients go into a bucket in the dtype that computes; a full one is copied, summed over processes in fp32, and
     each process adds its part to an fp32 partition. Offload moves that to the host at the end of a step; in fp32 after
-    each bucket."""
+    each bucket. The weights that were flattened stay allocated beside the flat ones (4P, as of 0.19.8)."""
     network, compute = setting.network, setting.precision.compute
     trained, processes = network.trained, setting.processes
     part = -(-trained // processes)
     bucket = min(bucket_elements(setting), trained)
     wide = compute == FP32
-    # In fp32 the parts are kept one by one, and a micro-batch's beside those of the ones before.
-    gradients = FP32 * part * (2 if wide and setting.accumulates else 1)
+    gradients = FP32 * part
     if offload and wide:
         gradients = 0
     if stage == 1:
@@ -72,19 +84,20 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     there = gradients if setting.accumulates else 0
     sent = compute * bucket + (0 if wide else FP32 * bucket)
     filled = min(1.0, max(0, bucket - setting.head_gradient) / max(1, trained - setting.outside_numel))
+    layers = [Instant(gradients=there, communication=compute * bucket)]
+    if bucket < trained:  # else the only one is sent when all layers are done
+        layers.append(Instant(filled, gradients=gradients, communication=compute * bucket + sent))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     master, moments = FP32 * part, moment_bytes(setting, _part(setting), FP32)
     host = master + moments + FP32 * part + compute * part + scratch + (FP32 * part if wide else 0)
     return Costs(
-        weights=setting.held_bytes(compute) + scratch + (0 if offload else master),
+        weights=setting.held_bytes(compute) + compute * trained + scratch + (0 if offload else master),
         moments=0 if offload else moments,
         loss=Instant(gradients=there),
         head=Instant(gradients=there + head, communication=compute * bucket),
-        layers=(
-            Instant(gradients=there, communication=compute * bucket),
-            Instant(filled, gradients=gradients, communication=compute * bucket + sent),
-        ),
-        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket + sent),
+        layers=tuple(layers),
+        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket),
+        sending=Instant(1.0, gradients=gradients, communication=compute * bucket + sent),
         step=Instant(
             1.0,
             gradients=gradients,

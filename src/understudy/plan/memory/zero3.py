@@ -45,28 +45,26 @@ def zero3_costs(setting: Setting) -> Costs:
     # Master weights, moments, the partition of gradients, and the gradients that the step reads.
     host += 0 if optimizer == "none" else 3 * FP32 * mine + moments
     turn, passing = _whole_at_the_turn(setting), _whole_in_passing(setting)
+    table, ahead = compute * network.head_numel, compute * min(_ahead(setting), _everything(setting))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
     sent = min(bucket, FP32 * network.trained)
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
     filled = min(1.0, bucket / FP32 / max(1, network.trained))
+    layers = [Instant(gathered=turn, gradients=gradients, communication=bucket)]
+    if filled < 1.0:  # else the only bucket is sent when all layers are done
+        still = max(passing, int(turn * (1 - filled)))
+        layers.append(Instant(filled, gathered=still, gradients=gradients, communication=bucket + sent))
     return Costs(
         weights=on_device,
         moments=0 if optimizer != "none" else moments,
+        # What was fetched ahead in one piece is cut up, and the piece kept until all of it is used.
+        turn=Instant(gathered=turn + ahead, gradients=gradients, communication=bucket),
         loss=Instant(gathered=turn, gradients=gradients, communication=bucket),
         head=Instant(gathered=turn, gradients=gradients + head, communication=bucket + alone),
-        layers=(
-            Instant(gathered=turn, gradients=gradients, communication=bucket),
-            Instant(
-                filled,
-                gathered=max(passing, int(turn * (1 - filled))),
-                gradients=gradients,
-                communication=bucket + sent,
-            ),
-        ),
-        embedding=Instant(
-            1.0, gathered=passing, gradients=gradients + embedding, communication=bucket + max(sent, alone)
-        ),
+        layers=tuple(layers),
+        embedding=Instant(1.0, gathered=table, gradients=gradients + embedding, communication=bucket),
+        sending=Instant(1.0, gathered=table, gradients=gradients, communication=bucket + max(sent, alone)),
         step=Instant(
             1.0,
             gradients=gradients,
@@ -120,21 +118,24 @@ def _whole_at_the_turn(setting: Setting) -> int:
         for _ in range(group.count):
             for elements in reversed(large):
                 if whole > reach:
-                    return compute * (whole + _ahead(setting))
+                    return compute * min(whole + _ahead(setting), _everything(setting))
                 whole += elements
-    return compute * (whole + _ahead(setting))
+    return compute * min(whole + _ahead(setting), _everything(setting))
 
 
 def _ahead(setting: Setting) -> int:
-    """Elements fetched ahead, at most all."""
-    everything = sum(_elements(setting, held) * count for held, count in setting.network.parameters())
+    """Elements fetched ahead."""
     given = setting.zero.get("stage3_prefetch_bucket_size")
     own = int(0.9 * setting.hidden**2) if given == "auto" else _PREFETCH
-    return min(_number(setting, "prefetch_bucket_size", own), everything)
+    return _number(setting, "prefetch_bucket_size", own)
+
+
+def _everything(setting: Setting) -> int:
+    return sum(_elements(setting, held) * count for held, count in setting.network.parameters())
 
 
 def _whole_in_passing(setting: Setting) -> int:
     """Bytes of one layer's largest module, and of what is fetched ahead, twice while it is put in order."""
     compute = setting.precision.compute
     largest = max(_elements(setting, held) for group in setting.network.layers for held in group.held)
-    return compute * (largest + 2 * _ahead(setting))
+    return compute * min(largest + 2 * _ahead(setting), _everything(setting))
