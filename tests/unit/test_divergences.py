@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.divergence_formulas import KINDS, formula
 from understudy.errors import UserError
 from understudy.objectives.divergences import uld
+from understudy.objectives.divergences.adaptive_kl import FEW
 from understudy.objectives.divergences.log_ratio import ABSENT
 from understudy.objectives.divergences.registry import make_divergence
 from understudy.objectives.divergences.settings import DivergenceSettings
@@ -149,6 +150,17 @@ def test_adaptive_kl_is_forward_where_only_the_head_differs_and_reverse_where_on
     adaptive = make_divergence("adaptive_kl", DEFAULTS)
     torch.testing.assert_close(adaptive(teacher, in_head), make_divergence("forward_kl", DEFAULTS)(teacher, in_head))
     torch.testing.assert_close(adaptive(teacher, in_tail), make_divergence("reverse_kl", DEFAULTS)(teacher, in_tail))
+
+
+def test_the_head_of_adaptive_kl_is_found_however_sure_the_teacher_is() -> None:
+    classes, scales = 3 * FEW, torch.tensor([[0.1], [0.3], [1.0], [3.0], [30.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    teacher, student = (
+        torch.log_softmax(scale * torch.randn(len(scales), classes, generator=generator, dtype=torch.float64), dim=1)
+        for scale in (scales, 1.0)
+    )
+    value, _ = make_divergence("adaptive_kl", DEFAULTS)(teacher, student)
+    torch.testing.assert_close(value, formula("adaptive_kl")(teacher, student))
 
 
 logit_rows = st.lists(st.floats(-80, 80, width=32), min_size=7, max_size=7)
