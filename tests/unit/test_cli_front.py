@@ -41,7 +41,7 @@ def test_recipe_plan_launch_and_the_start_of_the_cli_need_no_torch() -> None:
     modules = [
         ".".join(("understudy", *path.relative_to(PACKAGE).with_suffix("").parts))
         for folder in ("recipe", "plan", "launch", "cli")
-        for path in sorted((PACKAGE / folder).glob("*.py"))
+        for path in sorted((PACKAGE / folder).rglob("*.py"))
         if path.stem != "__init__"
     ]
     assert len(modules) > 10

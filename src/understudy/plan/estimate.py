@@ -130,6 +130,7 @@ class Estimator:
             processes=self.hardware.devices,
             replicas=self.recipe.parallel.replicate,
             zero=zero,
+            gloo=not self.hardware.accelerated,
             accumulates=accumulates,
         )
 

@@ -44,6 +44,8 @@ class Setting:
     """Groups that hold a copy each (`parallel.replicate`)."""
     zero: dict[str, Any] = field(default_factory=dict)
     """A DeepSpeed file's `zero_optimization`."""
+    gloo: bool = False
+    """Collectives are gloo's, which sums a copy where parts are summed and dealt out."""
     accumulates: bool = True
     """A step has several micro-batches, so that gradients are there while the later ones run."""
 

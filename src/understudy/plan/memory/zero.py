@@ -44,7 +44,7 @@ def _stage_1(setting: Setting) -> Costs:
     there = gradients if setting.accumulates else wide if bf16 else 0
     bucket = 0 if bf16 else FP32 * min(bucket_elements(setting), trained)
     return Costs(
-        weights=setting.held_bytes(compute) + FP32 * part + (0 if bf16 else compute * trained),
+        weights=setting.held_bytes(compute) + FP32 * part,
         moments=moment_bytes(setting, _part(setting), FP32),
         # What the last micro-batch sent is let go only when the next one sends.
         loss=Instant(gradients=there, communication=bucket if setting.accumulates else 0),
@@ -68,7 +68,7 @@ def _stage_1(setting: Setting) -> Costs:
 def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     """Gradients go into a bucket in the dtype that computes; a full one is copied, summed over processes in fp32, and
     each process adds its part to an fp32 partition. Offload moves that to the host at the end of a step; in fp32 after
-    each bucket. The weights that were flattened stay allocated beside the flat ones (4P, as of 0.19.8)."""
+    each bucket."""
     network, compute = setting.network, setting.precision.compute
     trained, processes = network.trained, setting.processes
     part = -(-trained // processes)
@@ -91,7 +91,7 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     master, moments = FP32 * part, moment_bytes(setting, _part(setting), FP32)
     host = master + moments + FP32 * part + compute * part + scratch + (FP32 * part if wide else 0)
     return Costs(
-        weights=setting.held_bytes(compute) + compute * trained + scratch + (0 if offload else master),
+        weights=setting.held_bytes(compute) + scratch + (0 if offload else master),
         moments=0 if offload else moments,
         loss=Instant(gradients=there),
         head=Instant(gradients=there + head, communication=compute * bucket),

@@ -48,7 +48,7 @@ def zero3_costs(setting: Setting) -> Costs:
     table, ahead = compute * network.head_numel, compute * min(_ahead(setting), _everything(setting))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
-    sent = min(bucket, FP32 * network.trained)
+    sent = min(bucket, FP32 * network.trained) * (2 if setting.gloo else 1)
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
     filled = min(1.0, bucket / FP32 / max(1, network.trained))
     layers = [Instant(gathered=turn, gradients=gradients, communication=bucket)]

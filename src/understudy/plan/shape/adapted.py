@@ -42,8 +42,12 @@ def _low_rank(tape: Tape, around: Around, read: Value, out: Value, inputs: int, 
     inner, wide = tape.new(rank, grad=True), tape.new(outputs, grad=True)
     # Trained matrices keep their inputs; VeRA's are frozen, and the scales behind them keep what they scale.
     weight = 0.0 if frozen else tape.gradient(rank)
-    tape.record((read,), (inner,), (inner,) if frozen else (read,), weight=weight * inputs, costly=True)
-    tape.record((inner,), (wide,), (wide,) if frozen else (inner,), weight=weight * outputs, costly=True)
+    copied = rank * tape.itemsize if tape.treatment.casts and not frozen else 0
+    down, up = (Storage(Line(float(copied * width), 0.0)) for width in (inputs, outputs))
+    kept_down: list[Value | Storage] = [inner] if frozen else [read, *([down] if read.grad else [])]
+    kept_up: list[Value | Storage] = [wide] if frozen else [inner, up]
+    tape.record((read,), (inner,), kept_down, weight=weight * inputs, costly=True)
+    tape.record((inner,), (wide,), kept_up, weight=weight * outputs, costly=True)
     tape.flops += 2.0 * rank * (inputs + outputs)
     tape.weight_flops += 0.0 if frozen else 2.0 * rank * (inputs + outputs)
     if around.kind == "dora":
