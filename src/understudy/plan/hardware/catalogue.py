@@ -34,6 +34,7 @@ class Link:
     latency: float
     """Seconds of one collective, however small."""
     source: str
+    between_hosts: bool = False
 
     @property
     def reached(self) -> float:

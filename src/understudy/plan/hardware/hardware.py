@@ -59,13 +59,15 @@ class Hardware:
 
 
 def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -> Hardware:
-    """`8xA100-80GB`, `4x910B-64GB`, `cpu:24GiB`: devices of one host, of which there are `nodes`.
+    """`8xA100-80GB`, `4x910B-64GB`, `cpu:24GiB`, `8xH100@EFA`: devices of one host, of which there are `nodes`.
 
-    Without a count it is `processes`, else 1. `cpu:` is followed by the memory that one process may take. Raises
-    `UserError`, with the nearest name, for what is not in the catalogue.
+    Without a count it is `processes`, else 1. `cpu:` is followed by the memory that one process may take, `@` by the
+    link between hosts where it is not the usual one. Raises `UserError`, with the nearest name, for what is not in the
+    catalogue.
     """
-    counted = _COUNTED.fullmatch(text)
-    count, name = (counted[1], counted[2]) if counted else (None, text)
+    machine, at, network = text.partition("@")
+    counted = _COUNTED.fullmatch(machine)
+    count, name = (counted[1], counted[2]) if counted else (None, machine)
     devices = int(count) if count else processes or 1
     if not 1 <= devices <= 1024 or not 1 <= nodes <= 1024:
         raise UserError(f"{text!r:.60} is {devices} devices; plan for 1 to 1024 of them on a host.")
@@ -74,11 +76,13 @@ def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -
         room = bytes_of(size) if colon else None
         if not room:
             raise UserError(f"{text!r:.60} does not say how much memory a process may take; write cpu:24GiB.")
-        return _on_host(processor(room), devices, nodes, host_bytes=room * devices)
-    accelerator = _named(name)
-    if accelerator is None:
-        raise UserError(f"there is no {name!r:.60} in the catalogue of accelerators; {_suggestion(name)}")
-    return _on_host(accelerator, devices, nodes, host_bytes=0)
+        found = _on_host(processor(room), devices, nodes, host_bytes=room * devices)
+    else:
+        accelerator = _named(name)
+        if accelerator is None:
+            raise UserError(f"there is no {name!r:.60} in the catalogue of accelerators; {_suggestion(name)}")
+        found = _on_host(accelerator, devices, nodes, host_bytes=0)
+    return replace(found, network=_network(network)) if at else found
 
 
 def local_hardware(
@@ -126,6 +130,18 @@ def _on_host(accelerator: Accelerator, devices: int, nodes: int, *, host_bytes: 
     return Hardware(accelerator, devices, nodes, links()[network], host_bytes, process)
 
 
+def _network(name: str) -> Link:
+    known = {key.lower(): link for key, link in links().items() if link.between_hosts}
+    link = known.get(name.strip().lower())
+    if link is None:
+        near = difflib.get_close_matches(name.strip().lower(), known, n=1)
+        meant = (
+            f"did you mean {known[near[0]].name}?" if near else f"it has {', '.join(x.name for x in known.values())}."
+        )
+        raise UserError(f"there is no link {name!r:.60} between hosts in the catalogue; {meant}")
+    return link
+
+
 def _generic(name: str, device_bytes: int) -> Accelerator:
     """What is not in the catalogue: the rates of its smallest entry with as much memory, so that no plan promises more
     speed than there is."""
@@ -159,6 +175,8 @@ def _suggestion(name: str) -> str:
     if not near:
         close = difflib.get_close_matches(asked, list(dict.fromkeys(bare.values())), n=2)
         near = sorted((key for key in known if bare[key] in close), key=lambda key: close.index(bare[key]))
+    if (memory := _MEMORY.search(name)) and (alike := [key for key in near if key.endswith(f"-{memory[1]}GB")]):
+        near = alike
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"it has {', '.join(known)}, and cpu:SIZE."
