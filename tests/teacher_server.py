@@ -96,7 +96,6 @@ class TeacherServer:
         choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": entries}
         return 200, {"object": "text_completion", "model": self.name, "choices": [choice]}
 
-
     def _going_on(self, question: dict[str, Any]) -> list[int]:
         """The likeliest continuation, whatever the temperature; its stop token included."""
         tokens = list(question["prompt"])
