@@ -71,23 +71,36 @@ def command(
 
 
 def _hardware(recipe: Recipe, named: str | None, nodes: int) -> Hardware:
+    from dataclasses import replace
+
     from understudy.plan.hardware.hardware import local_hardware, parse_hardware
 
     asked = recipe.cluster.processes
     processes = None if asked == "auto" else asked
     if named is not None:
-        return parse_hardware(named, nodes=nodes, processes=processes)
-    from dataclasses import replace
+        found = parse_hardware(named, nodes=nodes, processes=processes)
+    else:
+        from understudy.devices.detect import accelerator_name, detect_machine
+        from understudy.devices.host_memory import usable_memory_bytes
 
-    from understudy.devices.detect import accelerator_name, detect_machine
-    from understudy.devices.host_memory import usable_memory_bytes
+        machine = detect_machine()
+        name, room = accelerator_name() if machine.accelerated else "", usable_memory_bytes()
+        found = local_hardware(name, machine.devices, machine.device_bytes, room, machine.cores, processes)
+        found = replace(found, nodes=nodes)
+    if not _teacher_apart(recipe):
+        return found
+    # Each process has two devices: its own, and its teacher's.
+    used = min(processes or found.devices_per_node, max(1, found.devices_per_node // 2))
+    return replace(found, devices_per_node=used)
 
-    machine = detect_machine()
-    name = accelerator_name() if machine.accelerated else ""
-    room = usable_memory_bytes()
-    return replace(
-        local_hardware(name, machine.devices, machine.device_bytes, room, machine.cores, processes), nodes=nodes
-    )
+
+def _teacher_apart(recipe: Recipe) -> bool:
+    from understudy.recipe.objectives import Distillation
+    from understudy.recipe.teachers import ResidentTeacher
+
+    if not isinstance(recipe.objective, Distillation):
+        return False
+    return any(isinstance(one, ResidentTeacher) and one.device == "other" for one in recipe.objective.teachers)
 
 
 def _student(recipe: Recipe, sources: SourceMap) -> ModelShape:
@@ -103,14 +116,15 @@ def _teachers(recipe: Recipe, sources: SourceMap) -> list[ModelShape | None]:
     from understudy.plan.shape.model import model_shape
     from understudy.recipe.objectives import Distillation
     from understudy.recipe.schema import Model
-    from understudy.recipe.teachers import LocalTeacher
+    from understudy.recipe.teachers import CachedTeacher, LocalTeacher
 
     if not isinstance(recipe.objective, Distillation):
         return []
     shapes: list[ModelShape | None] = []
     for section in recipe.objective.teachers:
         with sources.placing("objective.teacher"):
-            if isinstance(section, LocalTeacher):
+            answers = isinstance(section, CachedTeacher) and section.targets != "hidden"
+            if isinstance(section, LocalTeacher) and not answers:
                 shapes.append(model_shape(_config(Model(path=section.path, revision=section.revision))))
             else:
                 shapes.append(None)

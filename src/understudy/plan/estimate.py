@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from understudy.plan.hardware.hardware import Hardware
+from understudy.plan.matching import with_maps
 from understudy.plan.memory.activations import Activations, Checkpointing, Kernels, Work, trace_activations, trace_work
 from understudy.plan.memory.costs import costs_of
 from understudy.plan.memory.device import DevicePeak, device_peak
@@ -62,7 +63,9 @@ class Estimator:
         self.recipe, self.hardware, self.shape = recipe, hardware, shape
         device = hardware.accelerator
         self.precision: Precision = precision_of(usual_precision(recipe, hardware))
-        self.network: Network = make_network(shape, recipe.adapter, packing_of(recipe.quantization, shape.sizes.config))
+        packing = packing_of(recipe.quantization, shape.sizes.config)
+        student = make_network(shape, recipe.adapter, packing)
+        self.network: Network = with_maps(student, recipe.objective, teachers)
         longest = recipe.data.max_length + self.network.prompt
         asked = recipe.model.attention
         kernel = kernel_for(shape.sizes, device.api, device.capability, self.precision.compute, asked)

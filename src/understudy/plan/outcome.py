@@ -23,6 +23,8 @@ class Row:
     fits: bool
     reason: str | None
     """Why it does not fit or cannot be taken."""
+    refused: bool
+    """The recipe's rules do not allow it."""
     device_peak_bytes: int
     """Of all that a process takes on its device."""
     tensor_peak_bytes: int

@@ -47,9 +47,10 @@ def report_lines(plan: Plan) -> list[str]:
         f"{sizes.model_type}: {shape.count:,} parameters in {sizes.layers} layers{trained}",
         "",
         *_aligned([head, names, *rows]),
-        "",
-        *(f"  {row.name} does not fit: {row.reason}" for row in plan.rows if not row.fits),
     ]
+    unfit = [f"  {row.name} does not fit: {row.reason}" for row in plan.rows if not row.fits and not row.refused]
+    unfit += [f"  {row.name} cannot be taken: {row.reason}" for row in plan.rows if row.refused]
+    lines += ["", *unfit] if unfit else []
     lines += ["", plan.why[:1].upper() + plan.why[1:]]
     if plan.lever:
         lines.append(f"What would fit: {plan.lever}")

@@ -50,7 +50,10 @@ def best(
     allowed = [row for row in rows if recipe.strategy == "auto" or row.strategy == recipe.strategy]
     fitting = [row for row in allowed if row.fits]
     chosen = _choose(fitting)
-    sentence = why_chosen(chosen, rows, fixed=recipe.strategy != "auto") if chosen else why_nothing(allowed, limit)
+    if chosen is not None:
+        sentence = why_chosen(chosen, rows, hardware, fixed=recipe.strategy != "auto")
+    else:
+        sentence = why_nothing(allowed, limit, hardware)
     advice = None
     if chosen is None and levers:
         advice = lever(
@@ -97,12 +100,20 @@ def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limi
     tried = [(_smallest(estimator, strategy, kind), kind) for kind in possible or kinds]
     estimate, kind = min(tried, key=lambda one: one[0].peak.total_bytes)
     refused = None if possible else next(iter(refusals.values()))
-    reason = refused or reason_against(estimate.peak.total_bytes, limit, estimate.host_bytes, estimator.hardware)
-    return _made(name, strategy, kind, estimate, reason)
+    reason = refused or reason_against(
+        estimate.peak.total_bytes, _teachers_own(estimator), limit, estimate.host_bytes, estimator.hardware
+    )
+    return _made(name, strategy, kind, estimate, reason, refused=refused is not None)
 
 
 def _made(
-    name: str, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, estimate: Estimate, reason: str | None
+    name: str,
+    strategy: DDP | FSDP | DeepSpeed,
+    kind: Checkpointing,
+    estimate: Estimate,
+    reason: str | None,
+    *,
+    refused: bool = False,
 ) -> Row:
     time = estimate.time
     return Row(
@@ -110,6 +121,7 @@ def _made(
         strategy=strategy,
         fits=reason is None,
         reason=reason,
+        refused=refused,
         device_peak_bytes=estimate.peak.total_bytes,
         tensor_peak_bytes=estimate.peak.tensor_bytes,
         host_peak_bytes=estimate.host_bytes,
@@ -147,7 +159,7 @@ def _largest(
 
     def fitting(tokens: int) -> Estimate | None:
         estimate = estimator.at(strategy, kind, tokens)
-        return estimate if _fits(estimate, limit, estimator.hardware) else None
+        return estimate if _fits(estimate, limit, estimator) else None
 
     fixed, shortest = estimator.recipe.training.micro_batch_tokens, estimator.recipe.data.max_length
     if fixed != "auto":
@@ -175,7 +187,13 @@ def _smallest(estimator: Estimator, strategy: DDP | FSDP | DeepSpeed, kind: Chec
     return estimator.at(strategy, kind, estimator.recipe.data.max_length if fixed == "auto" else fixed)
 
 
-def _fits(estimate: Estimate, limit: int, hardware: Hardware) -> bool:
-    if estimate.peak.total_bytes > limit:
-        return False
-    return not hardware.host_bytes or estimate.host_bytes <= hardware.host_bytes
+def _fits(estimate: Estimate, limit: int, estimator: Estimator) -> bool:
+    room = estimator.hardware.host_bytes
+    on_devices = max(estimate.peak.total_bytes, _teachers_own(estimator))
+    return on_devices <= limit and (not room or estimate.host_bytes <= room)
+
+
+def _teachers_own(estimator: Estimator) -> int:
+    """On a device that teachers have for themselves; 0 where there is none."""
+    teachers = estimator.teacher.other_bytes
+    return teachers + estimator.context_bytes if teachers else 0

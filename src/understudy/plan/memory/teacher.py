@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from understudy.plan.matching import matched_width
 from understudy.plan.memory.activations import Kernels, Work, trace_work
 from understudy.plan.memory.setting import precision_of
 from understudy.plan.network import Network, make_network
@@ -36,6 +37,8 @@ class TeacherCosts:
     """Of all teachers together, in one process."""
 
     device_bytes: int = 0
+    other_bytes: int = 0
+    """Of those that have a device for themselves, on that one."""
     host_bytes: int = 0
     kept: float = 0.0
     """Bytes a token of what it said, from before the student's pass to its loss."""
@@ -75,10 +78,12 @@ def teacher_costs(
         _one(section, shape, student, precision, processes, api, capability, document)
         for section, shape in zip(objective.teachers, shapes, strict=True)
     ]
+    matched = matched_width(student, objective, shapes) * precision_of(precision).compute
     return TeacherCosts(
         device_bytes=sum(part.device_bytes for part in parts),
+        other_bytes=sum(part.other_bytes for part in parts),
         host_bytes=sum(part.host_bytes for part in parts),
-        kept=sum(part.kept for part in parts),
+        kept=sum(part.kept for part in parts) + matched,
         forward=tuple(line for part in parts for line in part.forward),
         gathered=max(part.gathered for part in parts),
         classes=max(part.classes for part in parts),
@@ -145,6 +150,7 @@ def _one(
     host = whole if section.device == "host" else 0
     return TeacherCosts(
         device_bytes=head,
+        other_bytes=whole if section.device == "other" else 0,
         host_bytes=host,
         head_flops=head_flops,
         on_host_flops=work.forward_flops if section.device == "host" else 0.0,
