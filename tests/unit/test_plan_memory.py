@@ -51,6 +51,16 @@ from understudy.strategies.precision import precision_of
 
 pytestmark = pytest.mark.unit
 
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 WIDE = {
     "hidden_size": 64,
     "intermediate_size": 176,
