@@ -91,6 +91,11 @@ CASES: list[tuple[str, list[tuple[str, dict[str, Any]]], list[dict[str, Any]]]] 
         ],
     ),
     (
+        "a_memory_limit_is_a_fraction_or_a_size",
+        [("training.memory_limit", {"training.memory_limit": limit}) for limit in (0, 1.5, -0.1, "20", "90%", "0GiB")],
+        [{"training.memory_limit": limit} for limit in (0.9, 1, "20GiB", "2 GB", "512MiB", "1.5tib", None)],
+    ),
+    (
         "a_pretrained_model_has_a_path",
         [("model", {"model": {}}), ("model", {"model": {"init": "pruned", "layers": [0]}})],
         [{}],

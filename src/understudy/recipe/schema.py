@@ -161,6 +161,8 @@ class Training(Section):
     """Order of examples, dropout, and random initial weights."""
     deterministic: bool = False
     """Only kernels whose result is the same on each run."""
+    memory_limit: float | str | None = None
+    """Most memory that each process takes: a fraction of its device's (0.9) or a size (20GiB)."""
 
 
 class DDP(Section):

@@ -34,6 +34,7 @@ NOT_DETERMINING = (
     "training.activation_checkpointing",
     "training.compile",
     "training.deterministic",
+    "training.memory_limit",
     "training.micro_batch_tokens",
 )
 OF_TEACHER = ("device", "endpoints", "model", "retries", "timeout")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from functools import cache
@@ -14,12 +13,11 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Accelerator", "Link", "accelerators", "bytes_of", "links"]
+from understudy.recipe.sizes import bytes_of
+
+__all__ = ["Accelerator", "Link", "accelerators", "links"]
 
 Api = Literal["cuda", "npu", "cpu"]
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,6 @@ class Accelerator:
     matmul: float
     """Share of the dense rate that matrix products reach in training."""
     source: str
-
-
-def bytes_of(text: str) -> int | None:
-    """`24GiB` (2^30), `24GB` (10^9) or a plain number in bytes; None for what is no size."""
-    found = _SIZE.fullmatch(text)
-    return None if found is None else int(float(found[1]) * _UNITS[(found[2] or "").upper()])
 
 
 @cache

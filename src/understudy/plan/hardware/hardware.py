@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, replace
 
 from understudy.errors import UserError
-from understudy.plan.hardware.catalogue import Accelerator, Link, accelerators, bytes_of, links
+from understudy.plan.hardware.catalogue import Accelerator, Link, accelerators, links
+from understudy.recipe.sizes import bytes_of
 
 __all__ = ["Hardware", "local_hardware", "parse_hardware", "processor"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from understudy.recipe.rules.rule import Violations, rule
 from understudy.recipe.schema import Recipe
+from understudy.recipe.sizes import is_limit
 
 __all__ = ["process_violations"]
 
@@ -41,3 +42,13 @@ def the_output_directory_has_a_name(recipe: Recipe) -> Violations:
 def the_batch_feeds_every_process(recipe: Recipe) -> Violations:
     if recipe.cluster.processes != "auto":
         yield from process_violations(recipe, recipe.cluster.processes)
+
+
+@rule
+def a_memory_limit_is_a_fraction_or_a_size(recipe: Recipe) -> Violations:
+    if not is_limit(recipe.training.memory_limit):
+        yield (
+            "training.memory_limit",
+            f"`training.memory_limit` is {recipe.training.memory_limit!r}; write a fraction of the device's memory, "
+            "above 0 and at most 1, such as 0.9, or a size with its unit, such as 20GiB.",
+        )
