@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import click
 
 from understudy.cli.arguments import recipe_arguments
-
-if TYPE_CHECKING:
-    from understudy.plan.hardware.hardware import Hardware
-    from understudy.plan.shape.model import ModelShape
-    from understudy.recipe.schema import Model, Recipe
-    from understudy.recipe.source_map import SourceMap
 
 
 @click.command
@@ -49,16 +42,14 @@ def command(
     Example: understudy plan recipe.yaml --hardware 8xA100-80GB --picture plan.html
     """
     from understudy.plan.report import report_lines
-    from understudy.plan.search import best
     from understudy.recipe.load import load_recipe
     from understudy.recipe.rules import check_processes
+    from understudy.training.planning import asked_hardware, plan_for
 
     loaded, sources = load_recipe(recipe, overrides)
-    machine = _hardware(loaded, hardware, nodes)
+    machine = asked_hardware(loaded, hardware, nodes)
     check_processes(loaded, machine.devices, sources)
-    shape = _student(loaded, sources)
-    with sources.placing("model.path"):
-        plan = best(loaded, machine, shape, teachers=_teachers(loaded, sources))
+    plan = plan_for(loaded, sources, machine)
     if picture is not None:
         from understudy.plan.picture import write_picture
 
@@ -68,73 +59,3 @@ def command(
         return
     for line in report_lines(plan):
         click.echo(line)
-
-
-def _hardware(recipe: Recipe, named: str | None, nodes: int) -> Hardware:
-    from dataclasses import replace
-
-    from understudy.plan.hardware.hardware import local_hardware, parse_hardware
-
-    asked = recipe.cluster.processes
-    processes = None if asked == "auto" else asked
-    if named is not None:
-        found = parse_hardware(named, nodes=nodes, processes=processes)
-    else:
-        from understudy.devices.detect import accelerator_name, detect_machine
-        from understudy.devices.host_memory import usable_memory_bytes
-
-        machine = detect_machine()
-        name, room = accelerator_name() if machine.accelerated else "", usable_memory_bytes()
-        found = local_hardware(name, machine.devices, machine.device_bytes, room, machine.cores, processes)
-        found = replace(found, nodes=nodes)
-    if not _teacher_apart(recipe):
-        return found
-    # Each process has two devices: its own, and its teacher's.
-    used = min(processes or found.devices_per_node, max(1, found.devices_per_node // 2))
-    return replace(found, devices_per_node=used)
-
-
-def _teacher_apart(recipe: Recipe) -> bool:
-    from understudy.recipe.objectives import Distillation
-    from understudy.recipe.teachers import ResidentTeacher
-
-    if not isinstance(recipe.objective, Distillation):
-        return False
-    return any(isinstance(one, ResidentTeacher) and one.device == "other" for one in recipe.objective.teachers)
-
-
-def _student(recipe: Recipe, sources: SourceMap) -> ModelShape:
-    from understudy.plan.pruned import student_config
-    from understudy.plan.shape.model import model_shape
-
-    with sources.placing("model.path" if recipe.model.path else "model.config"):
-        return model_shape(student_config(_config(recipe.model), recipe.model))
-
-
-def _teachers(recipe: Recipe, sources: SourceMap) -> list[ModelShape | None]:
-    """Of each teacher that is a model of its own here, its shape."""
-    from understudy.plan.shape.model import model_shape
-    from understudy.recipe.objectives import Distillation
-    from understudy.recipe.schema import Model
-    from understudy.recipe.teachers import CachedTeacher, LocalTeacher
-
-    if not isinstance(recipe.objective, Distillation):
-        return []
-    shapes: list[ModelShape | None] = []
-    for section in recipe.objective.teachers:
-        with sources.placing("objective.teacher"):
-            answers = isinstance(section, CachedTeacher) and section.targets != "hidden"
-            if isinstance(section, LocalTeacher) and not answers:
-                shapes.append(model_shape(_config(Model(path=section.path, revision=section.revision))))
-            else:
-                shapes.append(None)
-    return shapes
-
-
-def _config(model: Model) -> dict[str, Any]:
-    """The model's configuration, from this machine's cache where it is there."""
-    from understudy.models.source import cached_config_file, read_config
-
-    if (file := cached_config_file(model)) is not None:
-        return {**json.loads(file.read_text(encoding="utf-8")), **model.config}
-    return read_config(model)
