@@ -49,7 +49,7 @@ def command(
     loaded, sources = load_recipe(recipe, overrides)
     machine = asked_hardware(loaded, hardware, nodes)
     check_processes(loaded, machine.devices, sources)
-    plan = plan_for(loaded, sources, machine)
+    plan = plan_for(loaded, sources, machine, here=hardware is None)
     if picture is not None:
         from understudy.plan.picture import write_picture
 

@@ -3,7 +3,7 @@ micro-batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from understudy.errors import UserError
 from understudy.plan.advice import lever, reason_against, why_chosen, why_nothing
@@ -35,18 +35,24 @@ def best(
     *,
     teachers: Sequence[ModelShape | None] = (),
     limit_bytes: int | None = None,
+    lacking: Callable[[DDP | FSDP | DeepSpeed, str], str | None] | None = None,
     levers: bool = True,
 ) -> Plan:
     """A plan for `recipe` on `hardware`: the fastest of what fits is chosen.
 
     What the recipe fixes (strategy, `micro_batch_tokens`, checkpointing, precision) is kept. `shape` is the model's,
     `teachers` those of a distillation's teachers in the recipe's order, None for what is no model of its own.
-    `limit_bytes` is what a process may take of its device's memory, all that programs can have when left out. With
-    `levers` a plan in which nothing fits says what would. Raises `UserError` where recipe and model do not go together.
+    `limit_bytes` is what a process may take of its device's memory, all that programs can have when left out. `lacking`
+    says of a strategy and a precision what the machine lacks for it; nothing where it is left out. With `levers` a plan
+    in which nothing fits says what would. Raises `UserError` where recipe and model do not go together.
     """
     estimator = Estimator(recipe, hardware, shape, teachers)
     limit = limit_bytes or hardware.accelerator.usable_bytes
-    rows = tuple(_row(name, strategy, estimator, limit) for name, strategy in _strategies(recipe))
+    precision = estimator.precision.name
+    rows = tuple(
+        _row(name, strategy, estimator, limit, lacking(strategy, precision) if lacking else None)
+        for name, strategy in _strategies(recipe)
+    )
     allowed = [row for row in rows if recipe.strategy == "auto" or row.strategy == recipe.strategy]
     fitting = [row for row in allowed if row.fits]
     chosen = _choose(fitting)
@@ -60,12 +66,16 @@ def best(
             recipe,
             hardware,
             lambda changed, other: best(
-                changed, other, shape, teachers=teachers, limit_bytes=limit_bytes, levers=False
+                changed,
+                other,
+                shape,
+                teachers=teachers,
+                limit_bytes=limit_bytes,
+                lacking=lacking,
+                levers=False,
             ),
         )
-    return Plan(
-        hardware, limit, shape, estimator.network.trained, estimator.precision.name, rows, chosen, sentence, advice
-    )
+    return Plan(hardware, limit, shape, estimator.network.trained, precision, rows, chosen, sentence, advice)
 
 
 def _strategies(recipe: Recipe) -> Iterator[tuple[str, DDP | FSDP | DeepSpeed]]:
@@ -87,11 +97,11 @@ def _choose(fitting: Sequence[Row]) -> Row | None:
     return min(good, key=lambda row: (order.get(row.name, len(order)), -row.tokens_per_second_per_device))
 
 
-def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limit: int) -> Row:
+def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limit: int, lacks: str | None) -> Row:
     recipe = estimator.recipe
     asked = recipe.training.activation_checkpointing
     kinds = _KINDS if asked == "auto" else (asked,)
-    refusals = {kind: _refusal(recipe, strategy, kind, estimator.precision.name) for kind in kinds}
+    refusals = {kind: lacks or _refusal(recipe, strategy, kind, estimator.precision.name) for kind in kinds}
     possible = [kind for kind in kinds if refusals[kind] is None]
     found = [(estimate, kind) for kind in possible if (estimate := _largest(estimator, strategy, kind, limit))]
     if found:

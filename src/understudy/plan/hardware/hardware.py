@@ -87,10 +87,18 @@ def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -
 
 
 def local_hardware(
-    name: str, devices: int, device_bytes: int, host_bytes: int, cores: int, processes: int | None
+    name: str,
+    devices: int,
+    device_bytes: int,
+    host_bytes: int,
+    cores: int,
+    processes: int | None,
+    *,
+    free_bytes: int | None = None,
 ) -> Hardware:
     """This machine: `devices` accelerators that call themselves `name` and have `device_bytes` each, or its processor
-    where there are none, of which `processes` are used."""
+    where there are none, of which `processes` are used. A processor's programs can have `free_bytes` of `host_bytes`,
+    all of them when None."""
     if devices:
         used = min(processes or devices, devices)
         sized = f"{name} {round(device_bytes / _GIBIBYTE)}GB"
@@ -98,8 +106,9 @@ def local_hardware(
         if device_bytes:
             found = replace(found, usable_bytes=min(device_bytes, found.usable_bytes))
         return _on_host(found, used, 1, host_bytes=host_bytes)
-    used = processes or 1
-    return _on_host(processor(host_bytes // used, max(1, cores // used)), used, 1, host_bytes=host_bytes)
+    used, free = processes or 1, host_bytes if free_bytes is None else free_bytes
+    found = replace(processor(host_bytes // used, max(1, cores // used)), usable_bytes=free // used)
+    return _on_host(found, used, 1, host_bytes=free)
 
 
 def processor(room: int, cores: int = _CPU_CORES) -> Accelerator:
