@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,21 @@ __all__ = [
     "UserError",
     "Violation",
     "is_full_disk",
+    "is_out_of_memory",
+    "tells_out_of_memory",
 ]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_MEMORY = re.compile(
+    r"out of memory"  # CUDA, HIP and NPU, through PyTorch or a collective library; GNU OpenMP
+    r"|can(?:'t|not) allocate memory"  # PyTorch's CPU allocator; the system's ENOMEM in words
+    r"|bad_alloc"  # C++
+    r"|memory allocation of \d+ bytes failed"  # Rust
+    r"|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|ACL_ERROR_RT_MEMORY_ALLOCATION|EL0004"  # CANN
+    r"|could not create a (?:memory object|primitive(?! descriptor))",  # oneDNN
+    re.IGNORECASE,
+)
 
 
 class UnderstudyError(Exception):
@@ -128,3 +141,22 @@ def is_full_disk(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in _FULL) or "No space left on device (os error 28)" in str(
         error
     )
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether `error` says that a device or the host had no memory left, itself or by what it was raised from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        # Not by type: PyTorch's, by the same name, is not imported here.
+        named = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+        told = not isinstance(error, UnderstudyError) and tells_out_of_memory(str(error))
+        if named or told or isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def tells_out_of_memory(text: str) -> bool:
+    """Whether a message, or what a process printed before it ended, says that there was no memory left."""
+    return _NO_MEMORY.search(text) is not None

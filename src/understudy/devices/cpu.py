@@ -12,7 +12,13 @@ import torch
 from understudy.devices.attention import DocumentAttention
 from understudy.devices.detect import detect_machine
 from understudy.devices.device import DeviceDescription
-from understudy.devices.host_memory import available_memory_bytes, usable_memory_bytes
+from understudy.devices.host_memory import (
+    available_memory_bytes,
+    held_data_bytes,
+    limit_data,
+    usable_memory_bytes,
+)
+from understudy.errors import UserError
 
 __all__ = ["CPU"]
 
@@ -43,6 +49,22 @@ class CPU:
 
     def software(self) -> str:
         return f"vector instructions {torch.backends.cpu.get_cpu_capability()}"
+
+    def process_bytes(self, processes: int) -> int:
+        return usable_memory_bytes() // processes
+
+    def limit_memory(self, size_bytes: int) -> None:
+        """Of all private memory that the process may write to (`limit_data`), interpreter and libraries included. Linux
+        only."""
+        held_bytes = held_data_bytes()
+        if held_bytes is None:
+            raise UserError("a process on a CPU can be limited on Linux only; leave out training.memory_limit.")
+        if size_bytes <= held_bytes:
+            raise UserError(
+                f"a limit of {size_bytes / 2**20:,.0f} MiB is less than the {held_bytes / 2**20:,.0f} MiB that a "
+                "process takes before it has a model; raise training.memory_limit."
+            )
+        limit_data(size_bytes)
 
     def memory_peak_bytes(self) -> int:
         """Peak resident memory of this process, code and libraries included."""

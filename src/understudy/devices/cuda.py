@@ -54,6 +54,13 @@ class CUDA:
         driver = re.search(r"(\d+\.\d+[.\d]*)", _DRIVER.read_text()) if _DRIVER.exists() else None
         return f"PyTorch for {built}" + (f", driver {driver[1]}" if driver else "")
 
+    def process_bytes(self, processes: int) -> int:
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
+    def limit_memory(self, size_bytes: int) -> None:
+        """Of the allocator; what driver, kernels and communicators hold is outside of it."""
+        torch.cuda.set_per_process_memory_fraction(min(1.0, size_bytes / self.process_bytes(1)))
+
     def memory_peak_bytes(self) -> int:
         return torch.cuda.max_memory_reserved()
 

@@ -53,6 +53,15 @@ class Device(Protocol):
         """What drives the device, with versions, as far as it tells."""
         ...
 
+    def process_bytes(self, processes: int) -> int:
+        """Memory that one of `processes` of this host may have: its device's, or its part of the host's on a CPU."""
+        ...
+
+    def limit_memory(self, size_bytes: int) -> None:
+        """Lets this process have no more than `size_bytes` of its device's memory. What asks for more fails, as where
+        there is no more. Raises `UserError` where the process holds as much already, or it cannot be limited."""
+        ...
+
     def memory_peak_bytes(self) -> int:
         """Most memory held at once since `reset_memory_peak`: the allocator's, or the process's own on a CPU."""
         ...

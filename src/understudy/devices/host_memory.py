@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import resource
+import sys
 from pathlib import Path
 
-__all__ = ["available_memory_bytes", "group_files", "host_memory_bytes", "memory_limit_bytes", "usable_memory_bytes"]
+from understudy.launch.control_groups import group_files
+
+__all__ = [
+    "available_memory_bytes",
+    "held_data_bytes",
+    "host_memory_bytes",
+    "lift_data_limit",
+    "limit_data",
+    "memory_limit_bytes",
+    "usable_memory_bytes",
+]
 
 _UNLIMITED_BYTES = 2**60
 """Version 1 of control groups says a number near 2⁶³ where there is no limit."""
@@ -42,20 +53,29 @@ def memory_limit_bytes(root: Path = Path("/")) -> int | None:
     return min((limit for limit in limits if limit < _UNLIMITED_BYTES), default=None)
 
 
-def group_files(root: Path, controller: str, name: str) -> Iterator[Path]:
-    """The files called `name` of the control groups that this process is in, from the innermost to the outermost one.
+def held_data_bytes(root: Path = Path("/")) -> int | None:
+    """What `limit_data` limits, as this process has it now; None where the system does not tell."""
+    found = re.search(r"^VmData:\s+(\d+) kB", _read(root / "proc/self/status"), re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
-    `controller` is one of version 1, empty for version 2. In a container the groups above its own are not seen.
+
+def limit_data(size_bytes: int) -> None:
+    """From now on this process gets no more than `size_bytes` of private memory that it may write to.
+
+    That is everything it makes, in Python, C++ or threads, whether it has touched it yet or not: objects, tensors,
+    stacks, what the interpreter and its libraries set up. Not counted are programs' text, files mapped to be read, and
+    memory that processes share. What asks for more gets `MemoryError`, `RuntimeError` or `OSError`, or aborts. Linux
+    counts so since 4.7 (getrlimit(2), RLIMIT_DATA); processes that it starts inherit the limit.
     """
-    top = root / "sys/fs/cgroup" / controller
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(","):
-            inside = Path(path.lstrip("/"))
-            for group in (inside, *inside.parents):
-                if group != Path():
-                    yield top / group / name
-    yield top / name
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    soft = min(size_bytes, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def lift_data_limit() -> None:
+    """Undoes `limit_data`, for a process that is about to end and has to say why."""
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 def _meminfo(root: Path, name: str) -> int | None:

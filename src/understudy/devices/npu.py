@@ -49,6 +49,13 @@ class NPU:
     def software(self) -> str:
         return f"torch_npu {metadata.version('torch_npu')}"
 
+    def process_bytes(self, processes: int) -> int:
+        return int(_npu().mem_get_info()[1])
+
+    def limit_memory(self, size_bytes: int) -> None:
+        """Of the allocator; what driver, kernels and communicators hold is outside of it."""
+        _npu().set_per_process_memory_fraction(min(1.0, size_bytes / self.process_bytes(1)))
+
     def memory_peak_bytes(self) -> int:
         return int(_npu().max_memory_reserved())
 

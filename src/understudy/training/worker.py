@@ -33,6 +33,7 @@ from understudy.recipe.environment import (
     process_environment,
 )
 from understudy.recipe.schema import Recipe
+from understudy.recipe.sizes import limited_bytes
 from understudy.strategies.precision import precision_of
 from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import Adapted
@@ -88,6 +89,7 @@ def run_worker(
     with ending_on_failure(environment.rank, note, report), stop.noting_signals():
         device = find_device()
         torch_device = device.torch_device(environment.local_rank)
+        _limit_memory(job, device, environment.local_world_size)
         with (
             process_group(environment, torch_device, device.backend) as world,
             ending_on_failure(environment.rank, note, report),
@@ -97,6 +99,13 @@ def run_worker(
             trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, stop)
         if environment.rank == 0:
             prove_final_model(job, trained, console)
+
+
+def _limit_memory(job: Job, device: Device, processes: int) -> None:
+    limit = limited_bytes(job.recipe.training.memory_limit, device.process_bytes(processes))
+    if limit is not None:
+        with job.sources.placing("training.memory_limit"):
+            device.limit_memory(limit)
 
 
 def _as_on_rank_0(job: Job) -> Job:

@@ -6,9 +6,9 @@ import resource
 import sys
 from pathlib import Path
 
-from understudy.devices.host_memory import group_files
 from understudy.diagnosis.check import Finding, Host, broken, check, ok, warning
 from understudy.diagnosis.sizes import shown
+from understudy.launch.control_groups import group_files
 
 FEWEST_FILES, FEW_FILES = 256, 1024
 """A process of a run holds weights, data, logs and connections to its peers open; the usual limit is the second."""
