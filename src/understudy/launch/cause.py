@@ -11,10 +11,21 @@ import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from understudy.errors import LostProcessError, UnderstudyError
+from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError
 
-__all__ = ["Cause", "Exit", "FailedRunError", "first_failure", "read_cause", "write_cause"]
+__all__ = [
+    "Cause",
+    "Exit",
+    "FailedRunError",
+    "ShortOfMemoryError",
+    "Shortage",
+    "first_failure",
+    "read_cause",
+    "shortage_of",
+    "write_cause",
+]
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,10 @@ class Cause:
     traceback: str
     peer_failed: bool
     """A collective failed under it: most likely another process is the cause."""
+    micro_batch_tokens: int | None = None
+    """Tokens of the largest micro-batch of the step or evaluation that it was at, or had done last."""
+    shortage: str | None = None
+    """What came of it that it ran out of memory, in words that follow its name; None where it failed otherwise."""
 
     @property
     def refused(self) -> bool:
@@ -48,6 +63,26 @@ class Exit:
     time_seconds: float
 
 
+@dataclass(frozen=True)
+class Shortage:
+    """That a process ran out of memory."""
+
+    rank: int
+    step: int | None
+    """Optimizer steps done; None before training, and where nobody knows."""
+    may_have_trained: bool
+    """A micro-batch may be what took the memory."""
+    micro_batch_tokens: int | None
+    """Tokens of the largest that any process had then; None where nobody knows."""
+    what: str
+    """In words that follow the process's name."""
+    log: Path
+
+    def __str__(self) -> str:
+        when = "" if self.step is None else f" after step {self.step}"
+        return f"rank {self.rank} {self.what}{when or (' before training' if not self.may_have_trained else '')}"
+
+
 class FailedRunError(UnderstudyError):
     """A process of the run failed; carries that process's message and exit status."""
 
@@ -56,6 +91,14 @@ class FailedRunError(UnderstudyError):
         super().__init__(message)
         self.exit_status = exit_status
         self.refused = refused
+
+
+class ShortOfMemoryError(FailedRunError):
+    """A process of the run ran out of memory."""
+
+    def __init__(self, message: str, shortage: Shortage) -> None:
+        super().__init__(message, OutOfMemoryError.exit_status)
+        self.shortage = shortage
 
 
 def write_cause(path: Path, cause: Cause) -> None:
@@ -75,33 +118,62 @@ def read_cause(path: Path) -> Cause | None:
     return Cause(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def first_failure(exits: Sequence[Exit], causes: Mapping[int, Cause], logs: Mapping[int, Path]) -> UnderstudyError:
+def first_failure(
+    exits: Sequence[Exit],
+    causes: Mapping[int, Cause],
+    logs: Mapping[int, Path],
+    starved: Mapping[int, str] = MappingProxyType({}),
+) -> UnderstudyError:
     """The failure that the others follow from.
 
     `exits` are the processes that ended by themselves, `causes` what was left by any, `logs` where each one printed.
-    A process that vanished without a word outranks peers that only saw a collective fail; otherwise the earliest wins.
+    Of those that vanished, `starved` ran out of memory: what came of it, in words. A process that vanished without a
+    word outranks peers that only saw a collective fail; otherwise the earliest wins.
     """
     candidates: list[tuple[bool, float, int, UnderstudyError]] = [
-        (cause.peer_failed, cause.time_seconds, rank, _failed(cause, logs[rank])) for rank, cause in causes.items()
+        (cause.peer_failed, cause.time_seconds, rank, _failed(cause, logs[rank], causes))
+        for rank, cause in causes.items()
     ]
     candidates += [
-        (False, end.time_seconds, end.rank, _lost(end, logs[end.rank]))
+        (False, end.time_seconds, end.rank, _lost(end, logs[end.rank], causes, starved.get(end.rank)))
         for end in exits
         if end.status != 0 and end.rank not in causes
     ]
     return min(candidates, key=lambda candidate: candidate[:3])[3]
 
 
-def _failed(cause: Cause, log: Path) -> FailedRunError:
+def shortage_of(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> Shortage | None:
+    """That the process which left `cause` ran out of memory; None where it failed otherwise. `causes` are what it and
+    its peers left, as far as they are known."""
+    if cause.shortage is None:
+        return None
+    tokens = cause.micro_batch_tokens if cause.step is None else _most_tokens(causes)
+    return Shortage(cause.rank, cause.step, cause.step is not None, tokens, cause.shortage, log)
+
+
+def _failed(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> FailedRunError:
     if cause.exit_status == 2:  # wrong input: the sentence says it all
         return FailedRunError(cause.message, cause.exit_status, refused=cause.refused)
     when = "before training" if cause.step is None else f"after step {cause.step}"
-    return FailedRunError(f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})", cause.exit_status)
+    message = f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})"
+    shortage = shortage_of(cause, log, causes)
+    return FailedRunError(message, cause.exit_status) if shortage is None else ShortOfMemoryError(message, shortage)
 
 
-def _lost(end: Exit, log: Path) -> LostProcessError:
+def _lost(end: Exit, log: Path, causes: Mapping[int, Cause], starved: str | None) -> UnderstudyError:
+    if starved is not None:
+        steps = [cause.step for cause in causes.values()]
+        step = max((step for step in steps if step is not None), default=None)
+        trained = step is not None or not steps  # of one that was alone nobody knows
+        shortage = Shortage(end.rank, step, trained, _most_tokens(causes), starved, log)
+        return ShortOfMemoryError(f"rank {end.rank} {starved}; its output is in {log}", shortage)
     if end.status > 0:
         return LostProcessError(f"rank {end.rank} ended with status {end.status} without saying why; see {log}")
     name = signal.Signals(-end.status).name
     hint = " (most often the system ran out of memory)" if name == "SIGKILL" else ""
     return LostProcessError(f"rank {end.rank} was killed by {name}{hint}; its output is in {log}")
+
+
+def _most_tokens(causes: Mapping[int, Cause]) -> int | None:
+    held = [cause.micro_batch_tokens for cause in causes.values() if cause.micro_batch_tokens is not None]
+    return max(held, default=None)

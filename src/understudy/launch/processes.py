@@ -14,8 +14,9 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-from understudy.errors import StoppedError, UnderstudyError
+from understudy.errors import StoppedError, UnderstudyError, tells_out_of_memory
 from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure, read_cause
+from understudy.launch.control_groups import oom_kills
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
@@ -29,6 +30,8 @@ SETTLE_SECONDS = 0.3
 asked first: a request to stop would have them finish a step, in a collective that can never end."""
 CAUSE_BYTES = 64 * 2**10
 """A disk with less room free may not have taken the cause that a process left."""
+LAST_WORDS_BYTES = 16 * 2**10
+"""Of a log: enough for what a runtime says as it aborts, and little enough not to hold what training said before."""
 STDOUT = 1
 STOPPED = StoppedError.exit_status
 
@@ -47,6 +50,7 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
     directory.logs.mkdir(exist_ok=True)
     for command in commands:
         directory.cause(command.rank).unlink(missing_ok=True)  # an earlier run's
+    watch = _MemoryWatch(directory, len(commands))
     with noted_signals() as requests:
         started: list[subprocess.Popen[bytes]] = []
         exits: list[Exit] = []
@@ -60,7 +64,7 @@ def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, c
             if any(process.returncode for process in started):
                 _restore_terminal()
     if len(exits) < len(commands) or any(end.status != 0 for end in exits):
-        raise _outcome(exits, len(commands), requests, directory)
+        raise _outcome(exits, len(commands), requests, directory, watch)
 
 
 def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
@@ -127,7 +131,40 @@ def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory: RunDirectory) -> UnderstudyError:
+class _MemoryWatch:
+    """Tells of processes that vanished whether they ran out of memory."""
+
+    def __init__(self, directory: RunDirectory, size: int) -> None:
+        self._logs = [directory.log(rank) for rank in range(size)]
+        self._before = [log.stat().st_size if log.exists() else 0 for log in self._logs]
+        self._kills = oom_kills()
+
+    def starved(self, exits: Sequence[Exit]) -> dict[int, str]:
+        """Those of `exits` that did, and what came of it, in words."""
+        kills = oom_kills()
+        killed = kills is not None and self._kills is not None and kills > self._kills
+        found = {}
+        for end in exits:
+            if -end.status == signal.SIGKILL and killed:
+                found[end.rank] = "was killed by the system, which had no memory left,"
+            elif tells_out_of_memory(self._printed(end.rank)):
+                found[end.rank] = "ended for want of memory"
+        return found
+
+    def _printed(self, rank: int) -> str:
+        """The last that it printed since this watch began."""
+        try:
+            with self._logs[rank].open("rb") as log:
+                end = log.seek(0, os.SEEK_END)
+                log.seek(max(self._before[rank], end - LAST_WORDS_BYTES))
+                return log.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+
+
+def _outcome(
+    exits: Sequence[Exit], size: int, requests: StopRequests, directory: RunDirectory, watch: _MemoryWatch
+) -> UnderstudyError:
     """What it means that of `size` processes only `exits` ended by themselves, or not all with 0."""
     causes = {rank: cause for rank in range(size) if (cause := read_cause(directory.cause(rank)))}
     stops = {rank: cause for rank, cause in causes.items() if cause.exit_status == STOPPED}
@@ -135,7 +172,8 @@ def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory
     unready = [e.rank for e in exits if -e.status in requests.received[:1] and e.rank not in causes]
     failed = [end for end in exits if end.status not in (0, STOPPED) and end.rank not in unready]
     if failed and not (unready and all(end.rank in causes and causes[end.rank].peer_failed for end in failed)):
-        return _failure(failed, {rank: cause for rank, cause in causes.items() if rank not in stops}, size, directory)
+        left = {rank: cause for rank, cause in causes.items() if rank not in stops}
+        return _failure(failed, left, size, directory, watch)
     if unready:
         return _ended_by_signal(requests, directory)
     if len(exits) < size and len(requests.received) > 1:
@@ -147,16 +185,17 @@ def _outcome(exits: Sequence[Exit], size: int, requests: StopRequests, directory
 
 
 def _failure(
-    failed: Sequence[Exit], causes: Mapping[int, Cause], size: int, directory: RunDirectory
+    failed: Sequence[Exit], causes: Mapping[int, Cause], size: int, directory: RunDirectory, watch: _MemoryWatch
 ) -> UnderstudyError:
-    if not causes and (free_bytes := shutil.disk_usage(directory.path).free) < CAUSE_BYTES:
+    starved = watch.starved([end for end in failed if end.rank not in causes])
+    if not causes and not starved and (free_bytes := shutil.disk_usage(directory.path).free) < CAUSE_BYTES:
         kept = " Checkpoints committed before are intact." if _has_checkpoint(directory) else ""
         message = (
             f"{directory.path}: no space is left on the disk ({free_bytes:,} bytes are free, and a process that fails "
             f"needs {CAUSE_BYTES:,} to say why); free some, or choose another output_dir.{kept}"
         )
         return FailedRunError(message, 2, refused=not _has_trained(directory))
-    return first_failure(failed, causes, {rank: directory.log(rank) for rank in range(size)})
+    return first_failure(failed, causes, {rank: directory.log(rank) for rank in range(size)}, starved)
 
 
 def _ended_by_signal(requests: StopRequests, directory: RunDirectory) -> UnderstudyError:

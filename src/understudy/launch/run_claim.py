@@ -74,6 +74,18 @@ class Claim:
         replace_file(directory.recipe, resolved_recipe.encode())
         return directory
 
+    def start_again(self, resolved_recipe: str, step: int) -> None:
+        """Goes back to step `step` of the run that was begun here and failed; its processes have ended. Raises
+        `UserError` as `begin` does."""
+        self._require_ours()
+        directory = self.directory
+        for path in (directory.unproven_model, directory.path / "model.unproven.partial"):
+            remove_path(path)
+        if step == 0:
+            remove_path(directory.tensorboard)
+        keep_rows(directory.metrics, step)
+        replace_file(directory.recipe, resolved_recipe.encode())
+
     def withdraw(self) -> None:
         """Clears what this run wrote and puts back what it replaced, as if it had not begun; a run that was gone on
         with stays, as it could be gone on with before. Does nothing once another run has taken the directory over."""

@@ -18,6 +18,7 @@ __all__ = ["REPLACED", "RunDirectory", "keep_rows", "move_written", "remove_path
 OWNED = (
     "recipe.yaml",
     "job.json",
+    "memory.json",
     "metrics.jsonl",
     "logs",
     "tensorboard",
@@ -51,6 +52,11 @@ class RunDirectory:
     def job(self) -> Path:
         """What every process of the run is told."""
         return self.path / "job.json"
+
+    @property
+    def memory(self) -> Path:
+        """What the run learned when it ran out of memory, where it did."""
+        return self.path / "memory.json"
 
     @property
     def metrics(self) -> Path:

@@ -163,6 +163,8 @@ class Training(Section):
     """Only kernels whose result is the same on each run."""
     memory_limit: float | str | None = None
     """Most memory that each process takes: a fraction of its device's (0.9) or a size (20GiB)."""
+    out_of_memory_retries: Annotated[int, Field(ge=0, le=100)] = 4
+    """How often a run that ran out of memory is started again with smaller micro-batches."""
 
 
 class DDP(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -47,10 +47,13 @@ class Evaluator:
     samples: int
     asking: Asking | None = None
     """Of a teacher that is asked before it is needed."""
+    given: Callable[[Sequence[Batch]], None] = lambda _: None
+    """Told of the micro-batches before they are evaluated."""
 
     def metrics(self) -> Row:
         """Loss, perplexity and token accuracy over the evaluation set."""
         batches = self._micro_batches() if self.asking is None else self._answered
+        self.given(batches)
         return evaluation_metrics(self.strategy.evaluate(batches, self.objective))
 
     def _micro_batches(self) -> tuple[Batch, ...]:

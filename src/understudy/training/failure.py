@@ -3,32 +3,57 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import torch
 import torch.distributed as dist
 
-from understudy.errors import OutOfMemoryError, UnderstudyError, UserError, is_full_disk
+from understudy.contracts import Batch, GlobalBatch
+from understudy.devices.host_memory import lift_data_limit
+from understudy.errors import OutOfMemoryError, UnderstudyError, UserError, is_full_disk, is_out_of_memory
 from understudy.launch.cause import Cause
 from understudy.training.hooks import Hook, StepResult, TrainingState
+from understudy.training.loop import Data
 
-__all__ = ["StepNote", "cause_of", "ending_on_failure"]
+__all__ = ["NotedData", "StepNote", "cause_of", "ending_on_failure"]
+
+_SIZE = re.compile(r"tried to allocate ([\d.]+) ?(bytes|[KMGT]i?B)", re.IGNORECASE)
+"""In the words of PyTorch's allocators."""
 
 
 class StepNote(Hook):
-    """Remembers how far training is, for a failure to tell."""
+    """Remembers how far training is and what it was at, for a failure to tell."""
 
     step: int | None = None
+    micro_batch_tokens: int | None = None
+    """Of the largest that this rank was given last."""
+
+    def given(self, micro_batches: Sequence[Batch]) -> None:
+        """What is to be computed next."""
+        self.micro_batch_tokens = max((len(batch.tokens) for batch in micro_batches), default=0)
 
     def start(self, state: TrainingState) -> None:
         self.step = state.step
 
     def after_step(self, result: StepResult) -> None:
         self.step = result.state.step
+
+
+class NotedData:
+    """Steps of training, of each of which `note` is told as it begins."""
+
+    def __init__(self, data: Data, note: StepNote) -> None:
+        self._data = data
+        self._note = note
+
+    def step(self, step: int) -> GlobalBatch:
+        batch = self._data.step(step)
+        self._note.given(batch.micro_batches)
+        return batch
 
 
 @contextmanager
@@ -43,7 +68,9 @@ def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]
         yield
     # Nothing is hidden: the cause goes to the launcher and the traceback to the log.
     except Exception as error:  # noqa: BLE001
-        cause = cause_of(error, rank, note.step)
+        if is_out_of_memory(error):
+            lift_data_limit()  # or there might be no room left to say so
+        cause = cause_of(error, rank, note.step, note.micro_batch_tokens)
         # A disk that is full takes neither log nor cause; the exit status must get out all the same.
         with suppress(OSError):
             sys.stderr.write(cause.traceback)
@@ -54,9 +81,10 @@ def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]
         os._exit(cause.exit_status)
 
 
-def cause_of(error: Exception, rank: int, step: int | None) -> Cause:
+def cause_of(error: Exception, rank: int, step: int | None, micro_batch_tokens: int | None = None) -> Cause:
     """What `error` means for the user and for the exit status."""
-    if isinstance(error, torch.OutOfMemoryError):
+    starved = is_out_of_memory(error)
+    if starved and not isinstance(error, OutOfMemoryError):
         known: UnderstudyError | None = OutOfMemoryError(
             f"the device ran out of memory ({_first_line(error)}); lower training.micro_batch_tokens or "
             "data.max_length, set training.activation_checkpointing=full, or take a strategy that shards or offloads "
@@ -74,8 +102,23 @@ def cause_of(error: Exception, rank: int, step: int | None) -> Cause:
         message=f"{type(error).__name__}: {_first_line(error)}" if known is None else str(known),
         step=step,
         traceback="".join(traceback.format_exception(error)),
-        peer_failed=_is_collective_failure(error),
+        peer_failed=not starved and _is_collective_failure(error),
+        micro_batch_tokens=micro_batch_tokens,
+        shortage=_asked_for(error) if starved else None,
     )
+
+
+def _asked_for(error: BaseException) -> str:
+    """What a process that ran out of memory asked for, as far as `error` or what it was raised from tells."""
+    size = None
+    known: BaseException | None = error
+    while known is not None and size is None:
+        size = _SIZE.search(str(known))
+        known = known.__cause__ or known.__context__
+    if size is None:
+        return f"ran out of memory ({_first_line(error):.120})"
+    amount = f"{int(size[1]) / 2**20:,.0f} MiB" if size[2] == "bytes" else f"{size[1]} {size[2]}"
+    return f"ran out of memory, asking for {amount},"
 
 
 def _is_collective_failure(error: Exception) -> bool:
@@ -83,5 +126,5 @@ def _is_collective_failure(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

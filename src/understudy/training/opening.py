@@ -6,19 +6,18 @@ from understudy.plan.teaching import TeacherCost, cache_advice, teacher_share
 from understudy.recipe.schema import DDP, FSDP, DeepSpeed
 from understudy.training.prepare import Prepared
 
-__all__ = ["opening_lines"]
+__all__ = ["opening_lines", "strategy_name"]
 
 
 def opening_lines(prepared: Prepared) -> str:
     """What is about to run."""
     recipe = prepared.job.recipe
-    assert not isinstance(recipe.strategy, str), "the recipe must be resolved first"
     processes = recipe.cluster.processes
     evaluation = f", {prepared.evaluation_examples:,} for evaluation" if prepared.evaluation_examples else ""
     return "\n".join(
         [
             f"{recipe.name}: {prepared.job.sources.file} → {recipe.output_dir}",
-            f"strategy {_strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
+            f"strategy {strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
             + ("process" if processes == 1 else "processes"),
             f"model {prepared.model_type}, {prepared.parameters:,} parameters{_trained_part(prepared)}",
             *_teacher_lines(prepared),
@@ -53,7 +52,8 @@ def _trained_part(prepared: Prepared) -> str:
     return f", of which {adapter.kind} trains {prepared.trained:,} ({share:.2%})"
 
 
-def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
+def strategy_name(strategy: DDP | FSDP | DeepSpeed | str) -> str:
     """Its kind and what in it is not the default."""
+    assert not isinstance(strategy, str), "the recipe must be resolved first"
     chosen = strategy.model_dump(exclude={"kind"}, exclude_defaults=True)
     return " ".join([strategy.kind, *(f"{name}={value}" for name, value in chosen.items())])

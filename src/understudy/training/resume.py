@@ -18,7 +18,7 @@ from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
-__all__ = ["Resumption", "choose_checkpoint", "determinants", "digest_of", "require_place"]
+__all__ = ["Resumption", "choose_checkpoint", "determinants", "digest_of", "newest_of", "require_place"]
 
 DETERMINING = ("model", "objective", "adapter", "quantization", "optimizer", "schedule", "training", "data.train")
 """What of a recipe determines the course of training; strategy, processes, logging and the like do not."""
@@ -36,6 +36,7 @@ NOT_DETERMINING = (
     "training.deterministic",
     "training.memory_limit",
     "training.micro_batch_tokens",
+    "training.out_of_memory_retries",
 )
 OF_TEACHER = ("device", "endpoints", "model", "retries", "timeout")
 """Fields of a teacher that say where it is and how it is reached, not what it says."""
@@ -96,7 +97,7 @@ def choose_checkpoint(
     # By the same command as before, the run goes on from where that has come, once it has come further.
     moved_on = going_on and resume == begun_from and store.committed() and not _is_newest_of(Path(resume), store)
     if resume == "auto" or moved_on:
-        found = _newest(store, sources, say)
+        found = newest_of(store, sources, say)
         if found is not None:
             _refuse_another_recipe(recipe, sources, found, data_digest)
     else:
@@ -120,7 +121,8 @@ def choose_checkpoint(
     return found
 
 
-def _newest(store: CheckpointStore, sources: SourceMap, say: Callable[[str], None]) -> Resumption | None:
+def newest_of(store: CheckpointStore, sources: SourceMap, say: Callable[[str], None]) -> Resumption | None:
+    """The newest checkpoint of a run that verifies; None where there is none. Raises `UserError` when all are bad."""
     try:
         found = store.newest(say)
     except DamagedCheckpointError as error:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
 from understudy.errors import StoppedError, UserError
-from understudy.launch.cause import Cause, FailedRunError
+from understudy.launch.cause import Cause, FailedRunError, ShortOfMemoryError
 from understudy.launch.local import launch_local
 from understudy.launch.run_claim import Claim, claim_run_directory, require_space
 from understudy.launch.run_directory import RunDirectory
@@ -51,19 +51,36 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
         resume = resolved.checkpoint.resume
         claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say))
         with requests.interruptible():
-            prepared = _prepare(resolved, sources, claim, say)
+            prepared = _prepare(resolved, sources, machine, claim, say)
         _begin(prepared, choices, claim, say)
+
+        from understudy.training.restarting import Restarts
+
+        restarts = Restarts(
+            prepared.job,
+            prepared.resumed_step,
+            original=recipe,
+            asked=resolved,
+            machine=machine,
+            claim=claim,
+            say=say,
+        )
         arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
-        try:
-            launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
-        except FailedRunError as error:
-            if error.refused:
-                claim.withdraw()
-            raise
-        except StoppedError as error:
-            if not error.begun:
-                claim.withdraw()
-            raise
+        while True:
+            try:
+                launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
+                return
+            except ShortOfMemoryError as error:
+                restarts.prepare(error)
+            # What has been started again has something to keep.
+            except FailedRunError as error:
+                if error.refused and not restarts.count:
+                    claim.withdraw()
+                raise
+            except StoppedError as error:
+                if not error.begun and not restarts.count:
+                    claim.withdraw()
+                raise
 
 
 def start_as_worker(
@@ -76,9 +93,11 @@ def start_as_worker(
         with requests.interruptible():
             from understudy.training.console import open_console, silent_console
             from understudy.training.prepare import prepare_job
+            from understudy.training.restarting import leave_lesson
             from understudy.training.worker import run_worker
 
-            resolved, choices = _resolved(recipe, sources, detect_machine(), environment.world_size)
+            machine = detect_machine()
+            resolved, choices = _resolved(recipe, sources, machine, environment.world_size)
         path = Path(resolved.output_dir)
         if environment.rank == 0:
             resume = resolved.checkpoint.resume
@@ -86,7 +105,7 @@ def start_as_worker(
                 claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say)
             )
             with requests.interruptible():
-                prepared = _prepare(resolved, sources, claim, say)
+                prepared = _prepare(resolved, sources, machine, claim, say)
             _begin(prepared, choices, claim, say)
             if requests.received:
                 claim.withdraw()
@@ -96,7 +115,8 @@ def start_as_worker(
                 prepared = prepare_job(resolved, sources, lambda _: None)
             console, take_back = silent_console(), partial(_wait_until_taken_back, RunDirectory(path))
         requests.check()
-        report = _reporter(take_back, partial(_leave, stack))
+        learn = partial(leave_lesson, RunDirectory(path), original=recipe, asked=resolved, machine=machine)
+        report = _reporter(take_back, partial(_leave, stack), learn)
         # The directory for logs is there once rank 0 has entered the process group.
         entered = partial(_send_output_to, RunDirectory(path).log(environment.rank))
         # From here on requests are for `run_worker` to look at.
@@ -121,7 +141,9 @@ def chosen_processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> in
     return processes
 
 
-def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[str], None]) -> Prepared:
+def _prepare(
+    recipe: Recipe, sources: SourceMap, machine: Machine, claim: Claim, say: Callable[[str], None]
+) -> Prepared:
     """Prepares the job and finds the checkpoint to go on from; writes nothing to the run directory."""
     directory = claim.directory
     _refuse_to_replace_what_is_named(recipe, sources, claim)
@@ -129,6 +151,7 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
 
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.checkpointing import most_checkpoints
+    from understudy.training.out_of_memory import as_learned, read_lesson, sizes_in_words
     from understudy.training.prepare import prepare_job, require_fit
     from understudy.training.resume import choose_checkpoint
 
@@ -149,7 +172,11 @@ def _prepare(recipe: Recipe, sources: SourceMap, claim: Claim, say: Callable[[st
     checkpoints = 1 if claim.may_go_on else most_checkpoints(recipe.checkpoint, prepared.steps)
     needed = prepared.model_bytes + checkpoints * prepared.checkpoint_bytes + SMALL_FILES_BYTES
     require_space(directory.path, needed, "the run", sources)
-    job = replace(prepared.job, resume=None if found is None else found.checkpoint, token=claim.token)
+    learned = as_learned(recipe, machine, read_lesson(directory.memory) if claim.may_go_on else None)
+    if learned != recipe:
+        say(f"memory: this run ran out of it before; it goes on with {sizes_in_words(learned)}")
+    resume = None if found is None else found.checkpoint
+    job = replace(prepared.job, recipe=learned, resume=resume, token=claim.token)
     return replace(prepared, job=job, resumed_step=0 if found is None else found.progress.step)
 
 
@@ -158,8 +185,9 @@ def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Call
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.job import write_job
     from understudy.training.opening import opening_lines
+    from understudy.training.out_of_memory import readable
 
-    recipe, step = dump_recipe(prepared.job.recipe), prepared.resumed_step
+    recipe, step = dump_recipe(readable(prepared.job.recipe)), prepared.resumed_step
     try:
         if claim.may_go_on:
             directory = claim.go_on(recipe, step)
@@ -199,10 +227,13 @@ def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
     find_sources(recipe, sources, cache_directory())
 
 
-def _reporter(take_back: Callable[[], bool], leave: Callable[[], None]) -> Callable[[Cause], None]:
+def _reporter(
+    take_back: Callable[[], bool], leave: Callable[[], None], learn: Callable[[Cause], str]
+) -> Callable[[Cause], None]:
     """Says a failure on what is standard error now, whatever is redirected later. One that others follow from is said
     alone, and a refused run is taken back by `take_back`, which is false where another process speaks. All stop alike
-    on request: rank 0 says so, and calls `leave` when there is something to keep."""
+    on request: rank 0 says so, and calls `leave` when there is something to keep. What is to be said of a process that
+    is out of memory is `learn`'s."""
     stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
 
     def report(cause: Cause) -> None:
@@ -210,7 +241,8 @@ def _reporter(take_back: Callable[[], bool], leave: Callable[[], None]) -> Calla
         if cause.peer_failed or (stopped and cause.rank != 0) or (cause.refused and not take_back()):
             return
         mark = "" if stopped else "error: "
-        stream.write("".join(f"{mark}{line}\n" for line in cause.message.splitlines()))
+        message = cause.message if cause.shortage is None else learn(cause)
+        stream.write("".join(f"{mark}{line}\n" for line in message.splitlines()))
         stream.flush()
         if stopped:
             (take_back if cause.step is None else leave)()

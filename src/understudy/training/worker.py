@@ -43,7 +43,7 @@ from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
 from understudy.training.evaluation import EvaluationHook, Evaluator
-from understudy.training.failure import StepNote, ending_on_failure
+from understudy.training.failure import NotedData, StepNote, ending_on_failure
 from understudy.training.final_model import Trained, prove_final_model, save_final_model
 from understudy.training.hooks import Hook, HookList, interval_steps
 from understudy.training.job import Job, read_job
@@ -109,11 +109,12 @@ def _limit_memory(job: Job, device: Device, processes: int) -> None:
 
 
 def _as_on_rank_0(job: Job) -> Job:
-    """Under a launcher each process prepares its own job, and rank 0 alone knows where the run goes on from."""
-    known = [(job.resume, job.token)]
+    """Under a launcher each process prepares its own job, and rank 0 alone knows where the run goes on from, and what
+    it learned about memory before."""
+    known = [(job.resume, job.token, job.recipe.training)]
     dist.broadcast_object_list(known, src=0, device=torch.device("cpu"))
-    resume, token = known[0]
-    return replace(job, resume=resume, token=token)
+    resume, token, training = known[0]
+    return replace(job, resume=resume, token=token, recipe=job.recipe.model_copy(update={"training": training}))
 
 
 def _train_and_save(
@@ -152,7 +153,7 @@ def _train_and_save(
     asking = make_asking(teaching, stop)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
-        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching, asking)
+        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching, asking, note)
         hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)
         if job.checkpoints:
             hook = make_checkpoint_hook(
@@ -185,7 +186,7 @@ def _train_and_save(
         train(
             state,
             total_steps=data.total_steps,
-            data=steps if asking is None else AskedData(steps, asking, data.total_steps),
+            data=NotedData(steps if asking is None else AskedData(steps, asking, data.total_steps), note),
             strategy=strategy,
             objective=make_objective(recipe.objective, teaching),
             schedule=make_schedule(
@@ -251,6 +252,7 @@ def _evaluation(
     sinks: Sequence[Sink],
     teaching: Teaching | None,
     asking: Asking | None,
+    note: StepNote,
 ) -> EvaluationHook | None:
     if job.evaluation is None:
         return None
@@ -268,6 +270,7 @@ def _evaluation(
         max_batches=recipe.evaluation.max_batches,
         samples=recipe.evaluation.samples,
         asking=asking,
+        given=note.given,
     )
     return EvaluationHook(evaluator, interval_steps(recipe.evaluation.every, total_steps), sinks)
 
