@@ -61,18 +61,27 @@ class TrainingData:
     def step(self, step: int) -> GlobalBatch:
         """The global batch of step `step` (from 0), with this rank's micro-batches. No collective."""
         examples = self.examples(step)
-        rows = bin_examples(
-            self._cache.lengths[examples],
-            capacity=self._capacity,
-            world_size=self._world_size,
-            attention_cost=self.attention_cost,
-        )
+        rows = self._rows(examples)
         return GlobalBatch(
             micro_batches=tuple(_join(self._cache, examples[row[self._rank]]) for row in rows),
             num_tokens=int(self._cache.num_supervised[examples].sum(dtype=np.int64)),
             num_input_tokens=int(self._cache.lengths[examples].sum(dtype=np.int64)),
             examples=tuple(examples.tolist()),
             epoch=(step + 1) / self.steps_per_epoch,
+        )
+
+    def largest(self, step: int) -> tuple[int, int]:
+        """Tokens of the largest micro-batch of step `step` (from 0) on any rank, and how many a rank has."""
+        examples = self.examples(step)
+        rows, lengths = self._rows(examples), self._cache.lengths[examples]
+        return max(int(lengths[members].sum(dtype=np.int64)) for row in rows for members in row), len(rows)
+
+    def _rows(self, examples: npt.NDArray[np.int64]) -> list[list[list[int]]]:
+        return bin_examples(
+            self._cache.lengths[examples],
+            capacity=self._capacity,
+            world_size=self._world_size,
+            attention_cost=self.attention_cost,
         )
 
 

@@ -98,12 +98,21 @@ class Estimator:
         several = self.hardware.devices > 1
         return device.context_bytes + (_COMMUNICATOR_BYTES[device.api] if several else 0)
 
-    def at(self, strategy: DDP | FSDP | DeepSpeed, checkpointing: Checkpointing, tokens: int) -> Estimate:
-        micro_batches = max(1, -(-self.share // tokens))
+    def at(
+        self,
+        strategy: DDP | FSDP | DeepSpeed,
+        checkpointing: Checkpointing,
+        tokens: int,
+        micro_batches: int | None = None,
+    ) -> Estimate:
+        """With micro-batches of at most `tokens`, of which a step has so many; as many as its longest possible examples
+        need when None."""
+        used = tokens if micro_batches else min(tokens, self.share)
+        micro_batches = micro_batches or max(1, -(-self.share // tokens))
         setting = self._setting(strategy, accumulates=micro_batches > 1)
         costs = self._costs_of(setting)
         activations = self._activations_of(costs, checkpointing)
-        peak = device_peak(costs, activations, self.head, self.teacher, tokens, context_bytes=self.context_bytes)
+        peak = device_peak(costs, activations, self.head, self.teacher, used, context_bytes=self.context_bytes)
         host = host_bytes(
             setting,
             costs,
@@ -112,7 +121,6 @@ class Estimator:
             peak.total_bytes,
             background=self.recipe.checkpoint.background and self.recipe.checkpoint.every is not None,
         )
-        used = min(tokens, self.share)
         time = step_time(
             setting, self.hardware, self._work_of(checkpointing), self.head, self.teacher, used, micro_batches
         )

@@ -16,12 +16,12 @@ from understudy.launch.local import launch_local
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.weights import WeightReader
 from understudy.plan.machine import Machine
-from understudy.plan.resolve import resolve
 from understudy.recipe.load import load_recipe
 from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import Evaluation, Logging, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.strategies.registry import prepare_strategy
+from understudy.training.choosing import choose
 from understudy.training.job import Job, write_job
 from understudy.training.prepare import prepare_job
 
@@ -125,7 +125,7 @@ def _resolved(
     recipe, sources = load_recipe(path, (*overrides, f"strategy={strategy}", f"cluster.processes={processes}"))
     check_processes(recipe, processes, sources)
     quiet = {"evaluation": Evaluation(), "logging": Logging(every=1, sinks=("jsonl",))}
-    return resolve(recipe.model_copy(update=quiet), machine, processes)[0], sources
+    return choose(recipe.model_copy(update=quiet), sources, machine, processes).recipe, sources
 
 
 def _run(job: Job, recipe: Recipe, path: Path, machine: Machine) -> _Run:

@@ -24,7 +24,6 @@ from understudy.models.tokenizer import load_tokenizer
 from understudy.models.vocabulary_growth import grow_vocabulary
 from understudy.objectives.registry import make_objective
 from understudy.parallel.world import process_group
-from understudy.plan.resolve import resolve
 from understudy.recipe.environment import ProcessEnvironment, cache_directory
 from understudy.recipe.objectives import Distillation
 from understudy.recipe.objectives import Objective as AnyObjective
@@ -35,6 +34,7 @@ from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import adapted_model
 from understudy.training.answering import answer_all
 from understudy.training.asking import make_asking
+from understudy.training.choosing import choose_as_usual
 from understudy.training.inference import load_located, quiet_transformers
 from understudy.training.job import TeacherPlace
 from understudy.training.metrics import evaluation_metrics
@@ -120,7 +120,7 @@ def score_model(
             "objective": _judged_by(recipe.objective, found, sources),
         }
     )
-    resolved, _ = resolve(evaluated, detect_machine(), 1)
+    resolved = choose_as_usual(evaluated, detect_machine(), 1).recipe
     cache = prepare_evaluation_data(
         resolved,
         sources,

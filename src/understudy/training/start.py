@@ -14,19 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
-from understudy.errors import StoppedError, UserError
+from understudy.errors import OutOfMemoryError, StoppedError, UserError
 from understudy.launch.cause import Cause, FailedRunError, ShortOfMemoryError
 from understudy.launch.local import launch_local
 from understudy.launch.run_claim import Claim, claim_run_directory, require_space
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import noted_signals
 from understudy.plan.machine import Machine
-from understudy.plan.resolve import resolve
 from understudy.recipe.dump import dump_recipe
 from understudy.recipe.environment import ProcessEnvironment, cache_directory
 from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
+from understudy.training.choosing import Chosen, choose, choose_as_usual, find_earlier
 
 if TYPE_CHECKING:
     from understudy.training.prepare import Prepared
@@ -46,13 +46,14 @@ def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: C
         with requests.interruptible():
             machine = detect_machine()
             processes = chosen_processes(recipe, sources, machine)
-            resolved, choices = _resolved(recipe, sources, machine, processes)
+            chosen = _chosen(recipe, sources, machine, processes, overwrite=overwrite)
+            resolved = chosen.recipe
         path = Path(resolved.output_dir)
         resume = resolved.checkpoint.resume
         claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say))
         with requests.interruptible():
             prepared = _prepare(resolved, sources, machine, claim, say)
-        _begin(prepared, choices, claim, say)
+        _begin(prepared, chosen, claim, say)
 
         from understudy.training.restarting import Restarts
 
@@ -97,7 +98,8 @@ def start_as_worker(
             from understudy.training.worker import run_worker
 
             machine = detect_machine()
-            resolved, choices = _resolved(recipe, sources, machine, environment.world_size)
+            chosen = _chosen_as_worker(recipe, sources, machine, environment, overwrite=overwrite)
+            resolved = chosen.recipe
         path = Path(resolved.output_dir)
         if environment.rank == 0:
             resume = resolved.checkpoint.resume
@@ -106,7 +108,7 @@ def start_as_worker(
             )
             with requests.interruptible():
                 prepared = _prepare(resolved, sources, machine, claim, say)
-            _begin(prepared, choices, claim, say)
+            _begin(prepared, chosen, claim, say)
             if requests.received:
                 claim.withdraw()
             console, take_back = open_console(STDOUT), partial(_take_back, claim, stack)
@@ -123,9 +125,27 @@ def start_as_worker(
         run_worker(prepared.job, environment, console, report=report, entered=entered)
 
 
-def _resolved(recipe: Recipe, sources: SourceMap, machine: Machine, processes: int) -> tuple[Recipe, tuple[str, ...]]:
+def _chosen(
+    recipe: Recipe, sources: SourceMap, machine: Machine, processes: int, *, nodes: int = 1, overwrite: bool
+) -> Chosen:
     check_processes(recipe, processes, sources)
-    return resolve(recipe, machine, processes)
+    earlier = find_earlier(recipe, overwrite=overwrite)
+    return choose(recipe, sources, machine, processes, nodes=nodes, earlier=earlier)
+
+
+def _chosen_as_worker(
+    recipe: Recipe, sources: SourceMap, machine: Machine, environment: ProcessEnvironment, *, overwrite: bool
+) -> Chosen:
+    """Rank 0's choice is everybody's in the end (`worker.run_worker`), for hosts differ in the memory that is free. The
+    first process of a host is the one to say that nothing fits there."""
+    size = environment.world_size
+    nodes = max(1, size // environment.local_world_size)
+    try:
+        return _chosen(recipe, sources, machine, size, nodes=nodes, overwrite=overwrite)
+    except OutOfMemoryError:
+        if environment.local_rank == 0:
+            raise
+        return choose_as_usual(recipe, machine, size)
 
 
 def chosen_processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
@@ -180,7 +200,7 @@ def _prepare(
     return replace(prepared, job=job, resumed_step=0 if found is None else found.progress.step)
 
 
-def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Callable[[str], None]) -> None:
+def _begin(prepared: Prepared, chosen: Chosen, claim: Claim, say: Callable[[str], None]) -> None:
     """Begins the run, or goes on with it, and says what is going to happen."""
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.job import write_job
@@ -200,7 +220,7 @@ def _begin(prepared: Prepared, choices: tuple[str, ...], claim: Claim, say: Call
     except OSError:
         claim.withdraw()
         raise
-    say("\n".join([opening_lines(prepared), *(f"auto: {choice}" for choice in choices)]))
+    say("\n".join([opening_lines(prepared), *chosen.lines]))
 
 
 def _refuse_to_replace_what_is_named(recipe: Recipe, sources: SourceMap, claim: Claim) -> None:

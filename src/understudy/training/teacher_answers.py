@@ -18,7 +18,6 @@ from understudy.models.identity import model_digest
 from understudy.models.source import tokenizer_directory
 from understudy.models.tokenizer import prepared_tokenizer
 from understudy.plan.machine import Machine
-from understudy.plan.resolve import resolve
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.objectives import Distillation
 from understudy.recipe.rules import check_processes
@@ -29,6 +28,7 @@ from understudy.strategies.precision import precision_of
 from understudy.training.answer_parts import ABOUT, Answer, AnswerKey, AnswerParts
 from understudy.training.answerers import AnsweringModel, ConversationReading
 from understudy.training.answering import Sampling, batches
+from understudy.training.choosing import choose_as_usual
 from understudy.training.prepare import data_preparer, grown_model, materialized_model, quantized_model
 from understudy.training.start import chosen_processes
 from understudy.training.teacher_model import TEACHER, find_directory, teacher_dtype
@@ -71,7 +71,7 @@ def generate_answers(
             machine = detect_machine()
             processes = chosen_processes(recipe, sources, machine)
             check_processes(recipe, processes, sources)
-            recipe, _ = resolve(recipe, machine, processes)
+            recipe = choose_as_usual(recipe, machine, processes).recipe
             model = _answering_model(recipe, sources, say)
             with sources.placing(TEACHER):
                 reading = model.reading()

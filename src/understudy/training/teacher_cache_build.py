@@ -18,7 +18,6 @@ from understudy.models.tokenizer import load_tokenizer, prepared_tokenizer
 from understudy.objectives.teachers.cache_format import CacheDescription
 from understudy.objectives.teachers.cache_writer import CacheWriter, building
 from understudy.plan.machine import Machine
-from understudy.plan.resolve import resolve
 from understudy.recipe.environment import cache_directory
 from understudy.recipe.objectives import Distillation
 from understudy.recipe.rules import check_processes
@@ -26,6 +25,7 @@ from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.teachers import CachedTeacher
 from understudy.training.cache_difference import Difference, StudentPlace, find_student
+from understudy.training.choosing import choose_as_usual
 from understudy.training.job import Job, TeacherPlace, write_job
 from understudy.training.start import chosen_processes
 from understudy.training.teacher_cache import Examples, describe_cache
@@ -62,7 +62,7 @@ def build_teacher_caches(recipe: Recipe, sources: SourceMap, say: Callable[[str]
             machine = detect_machine()
             processes = chosen_processes(recipe, sources, machine)
             check_processes(recipe, processes, sources)
-            resolved, _ = resolve(recipe, machine, processes)
+            resolved = choose_as_usual(recipe, machine, processes).recipe
             with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
                 tokenizer = prepared_tokenizer(resolved.model, cache_directory())
                 vocabulary = read_config(resolved.model).get("vocab_size")
