@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from understudy.models.source import read_config_file
 from understudy.models.weights import stored_files
 from understudy.recipe.schema import Quantization
 
-__all__ = ["materialize_quantized"]
+__all__ = ["materialize_quantized", "quantized_section"]
 
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
 _INDEX = "model.safetensors.index.json"
@@ -94,7 +94,7 @@ def _build(directory: Path, config: dict[str, Any], quantization: Quantization, 
         for file in directory.glob(pattern):
             if file.name not in ("config.json", _INDEX):
                 shutil.copyfile(file, made / file.name)
-    described = {**config, "quantization_config": _section(config, quantization, skipped)}
+    described = {**config, "quantization_config": quantized_section(config, quantization, skipped)}
     (made / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -151,14 +151,16 @@ def _quantize(tensor: Tensor, name: str, quantization: Quantization) -> dict[str
     return bitsandbytes_4bit.quantize(weight, data_type=quantization.data_type, nested=quantization.nested)
 
 
-def _section(config: Mapping[str, Any], quantization: Quantization, skipped: list[str]) -> dict[str, Any]:
-    """`quantization_config` as transformers writes it; its layers compute in the model's own dtype."""
+def quantized_section(
+    config: Mapping[str, Any], quantization: Quantization, skipped: Sequence[str] = ()
+) -> dict[str, Any]:
+    """`quantization_config` of a model with this config.json as transformers writes it; its layers compute in the model's own dtype."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     eight_bit = quantization.data_type == "int8"
     section: dict[str, Any] = BitsAndBytesConfig(
         load_in_8bit=eight_bit,
         load_in_4bit=not eight_bit,
-        llm_int8_skip_modules=skipped,
+        llm_int8_skip_modules=list(skipped),
         bnb_4bit_compute_dtype=dtype if dtype in ("bfloat16", "float16") else "float32",
         bnb_4bit_quant_type="fp4" if eight_bit else quantization.data_type,
         bnb_4bit_use_double_quant=quantization.nested,
