@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.distributed.small_run import check_model, environment, rows, run, small_recipe, write
 
@@ -26,12 +27,31 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_recipe_becomes_a_model_that_loads_and_answers(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    recipe["strategy"] = "auto"
     arguments = [*COMMAND, "train", str(write(recipe, tmp_path))]
     done = run(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert "reloaded with transformers" in done.stdout
     check_model(tmp_path / "run" / "model")
+
+    # Eight examples of at most 16 tokens are a step of two processes.
+    assert re.search(
+        r"^auto: ddp, micro-batches of 64 tokens, no activation checkpointing: the fastest that fits .* planned, .*$",
+        done.stdout,
+        re.MULTILINE,
+    )
+    resolved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert resolved["strategy"] == {"kind": "ddp"}
+    assert (resolved["training"]["micro_batch_tokens"], resolved["training"]["activation_checkpointing"]) == (
+        64,
+        "none",
+    )
+    last = [row for row in rows(tmp_path) if "loss" in row][-1]
+    planned, measured = last["memory_predicted_bytes"], last["memory_peak_bytes"]
+    assert 0.7 <= measured / planned <= 1.4
+    line = rf"^memory: planned {planned / 2**30:.2f} GiB, measured \d\.\d\d GiB a process \(\d+%\)$"
+    assert re.search(line, done.stdout, re.MULTILINE)
 
     trained = [row for row in rows(tmp_path) if "loss" in row]
     evaluated = [row for row in rows(tmp_path) if "eval_loss" in row]

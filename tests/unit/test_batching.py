@@ -101,6 +101,15 @@ def test_bins_hold_every_example_once_within_capacity(lengths: list[int], world_
     assert all(sum(lengths[example] for example in members) <= 100 for members in bins)
 
 
+def test_the_largest_micro_batch_of_a_step_is_known_without_its_tokens() -> None:
+    cache = make_cache([40, 3, 7, 30, 12, 25, 9])
+    ranks = [training(cache, rank, 2) for rank in range(2)]
+    for step in range(ranks[0].total_steps):
+        batches = [data.step(step).micro_batches for data in ranks]
+        largest = max(len(batch.tokens) for mine in batches for batch in mine)
+        assert all(data.largest(step) == (largest, len(batches[0])) for data in ranks)
+
+
 def test_ranks_get_like_costs() -> None:
     lengths = np.array([100, 100, 90, 90, 30, 30, 20, 20, 10, 10], np.int32)
     (row,) = bin_examples(lengths, capacity=1000, world_size=2, attention_cost=0.0)

@@ -49,6 +49,7 @@ def test_a_job_is_read_back_as_it_was_written(tmp_path: Path, evaluation: Path |
         ),
         train=Path("cache/t"),
         evaluation=evaluation,
+        memory_predicted_bytes=None if evaluation is None else 12345,
     )
     write_job(tmp_path / "job.json", job)
     assert read_job(tmp_path / "job.json") == job

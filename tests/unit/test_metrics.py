@@ -17,6 +17,7 @@ from understudy.contracts import Batch, GlobalBatch, LossSum
 from understudy.launch.run_directory import RunDirectory
 from understudy.training.console import Console
 from understudy.training.hooks import StepResult, TrainingState
+from understudy.training.memory_line import memory_line
 from understudy.training.metrics import MetricsHook, evaluation_metrics
 from understudy.training.sinks.console import training_line
 from understudy.training.sinks.registry import Answer, Row, RunFacts, Sink, make_sinks
@@ -77,6 +78,18 @@ def test_a_row_has_the_promised_columns_and_the_mean_loss_of_a_supervised_token(
         "step_seconds": 2.0,
         "memory_peak_bytes": 77,
     }
+
+
+def test_a_row_has_what_was_predicted_beside_what_was_measured_and_the_end_compares_them() -> None:
+    sink = Rows()
+    hook = MetricsHook([sink], every=1, total_steps=1, memory_peak_bytes=lambda: 77, memory_predicted_bytes=70)
+    hook.before_step(TrainingState())
+    hook.after_step(result(1))
+    assert set(sink.rows[0]) == COLUMNS | {"memory_predicted_bytes"}
+    assert (sink.rows[0]["memory_peak_bytes"], sink.rows[0]["memory_predicted_bytes"]) == (77, 70)
+    line = memory_line(8 * 2**30, 10 * 2**30)
+    assert line == "memory: planned 8.00 GiB, measured 10.00 GiB a process (125%)"
+    assert memory_line(None, 2**30) is None
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 0.5), (8.0, float("inf"))])

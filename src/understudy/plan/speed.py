@@ -27,6 +27,14 @@ _TRAFFIC_COPIES = 1.3
 _LAUNCH_SECONDS = 6e-6
 """A kernel's launch where the device waits for it; micro-batches so small are what it matters to."""
 _KERNELS_A_LAYER = 60
+_FSDP_LAYER_SECONDS = 1e-3
+"""That Python takes for a layer which FSDP2 puts together and takes apart, forward and backward; the order of what two
+processes of a processor lose to ddp on models so small that nothing else counts. So are the next two."""
+_ZERO_GRADIENT_SECONDS = 50e-6
+"""For a parameter's gradient that goes into a bucket."""
+_ZERO_MODULE_SECONDS = 150e-6
+"""For a module which ZeRO-3 puts together and takes apart."""
+_PARAMETERS_A_LAYER, _MODULES_A_LAYER = 9, 8
 _HOST_ADAM_BYTES = 28
 """That one element of a host-side step moves: master weight, gradient and moments read, three of them written."""
 _HOST_BANDWIDTH = 1.0e11
@@ -70,11 +78,25 @@ def step_time(
     traffic += all_tokens * sum(one.forward_traffic for one in teacher.works) * _TRAFFIC_COPIES
     memory = (traffic + _step_traffic(setting, micro_batches)) / bandwidth
     launches = micro_batches * setting.network.shape.sizes.layers * _KERNELS_A_LAYER * 3 * _LAUNCH_SECONDS
-    busy = max(compute + memory, launches if hardware.accelerated else 0.0)
+    hooks = micro_batches * setting.network.shape.sizes.layers * _hooks_of_a_layer(setting)
+    # A device computes while the host prepares what comes next.
+    busy = max(compute + memory, launches + hooks) if hardware.accelerated else compute + memory + hooks
     overlapped, exposed = _collectives(setting, hardware, micro_batches, teacher)
     moved, stepped = _host(setting, hardware, micro_batches)
     total = max(busy, overlapped, moved) + exposed + stepped
     return StepTime(compute, memory, overlapped + exposed, moved + stepped, total)
+
+
+def _hooks_of_a_layer(setting: Setting) -> float:
+    """Seconds of a micro-batch."""
+    strategy = setting.strategy
+    if isinstance(strategy, FSDP):
+        return _FSDP_LAYER_SECONDS
+    if isinstance(strategy, DeepSpeed):
+        stage = effective_deepspeed(strategy).stage
+        gradients = _PARAMETERS_A_LAYER * _ZERO_GRADIENT_SECONDS
+        return gradients + (_MODULES_A_LAYER * _ZERO_MODULE_SECONDS if stage == 3 else 0.0)
+    return 0.0
 
 
 def _rate(setting: Setting, hardware: Hardware) -> float:
@@ -155,10 +177,13 @@ def _host(setting: Setting, hardware: Hardware, micro_batches: int) -> tuple[flo
         return 0.0, 0.0
     device, strategy, trained = hardware.accelerator, setting.strategy, setting.network.trained
     part = trained / _shards(setting)
-    link = device.host_link.reached if hardware.accelerated else _HOST_BANDWIDTH
+    link = device.host_link.reached if hardware.accelerated else device.memory_bandwidth * _TRAFFIC_REACHED
     compute = setting.precision.compute
     whole = setting.held_bytes(compute)
-    stepped = part * _HOST_ADAM_BYTES * hardware.devices_per_node / _HOST_BANDWIDTH
+    if hardware.accelerated:
+        stepped = part * _HOST_ADAM_BYTES * hardware.devices_per_node / _HOST_BANDWIDTH
+    else:  # it is the process's own memory
+        stepped = part * _HOST_ADAM_BYTES / link
     if isinstance(strategy, FSDP):
         moved = micro_batches * (2 * whole / _shards(setting) + 2 * FP32 * part) / link
         return moved, stepped

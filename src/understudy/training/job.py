@@ -84,6 +84,8 @@ class Job:
     """The checkpoint to go on from."""
     token: str = ""
     """Of this run's ownership of the run directory (`launch.run_lock`)."""
+    memory_predicted_bytes: int | None = None
+    """What the plan says that each process takes at most; None where the planner does not know the model."""
 
 
 def write_job(path: Path, job: Job) -> None:
@@ -104,6 +106,7 @@ def write_job(path: Path, job: Job) -> None:
         "checkpoints": job.checkpoints,
         "resume": None if job.resume is None else str(job.resume),
         "token": job.token,
+        "memory_predicted_bytes": job.memory_predicted_bytes,
     }
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
@@ -124,4 +127,5 @@ def read_job(path: Path) -> Job:
         checkpoints=values["checkpoints"],
         resume=None if values["resume"] is None else Path(values["resume"]),
         token=values["token"],
+        memory_predicted_bytes=values["memory_predicted_bytes"],
     )

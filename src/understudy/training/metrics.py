@@ -25,6 +25,7 @@ class MetricsHook(Hook):
 
     `loss`, `grad_norm`, `tokens` and `supervised_tokens` are of that step; `tokens_per_second` (real tokens over all
     ranks) and `step_seconds` (a mean) cover the steps since the last row, without what other hooks do between steps.
+    `memory_peak_bytes` is this process's since training began, beside `memory_predicted_bytes` where it was planned.
     `skipped` is there, and 1, when loss or gradient were not finite; `on_policy` when the student trained on its own
     answers.
     The device is read once a row. Sinks exist on rank 0 only; the other ranks have none and do nothing.
@@ -37,12 +38,14 @@ class MetricsHook(Hook):
         every: int,
         total_steps: int,
         memory_peak_bytes: Callable[[], int],
+        memory_predicted_bytes: int | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._sinks = sinks
         self._every = every
         self._total_steps = total_steps
         self._memory_peak_bytes = memory_peak_bytes
+        self._memory_predicted_bytes = memory_predicted_bytes
         self._clock = clock
         self._began = 0.0
         self._forget_interval()
@@ -82,6 +85,8 @@ class MetricsHook(Hook):
             "step_seconds": self._seconds / self._steps,
             "memory_peak_bytes": self._memory_peak_bytes(),
         }
+        if self._memory_predicted_bytes is not None:
+            row["memory_predicted_bytes"] = self._memory_predicted_bytes
         if result.batch.on_policy:
             row["on_policy"] = 1
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -25,6 +25,7 @@ from understudy.training.out_of_memory import (
     would_fit,
     write_lesson,
 )
+from understudy.training.prediction import with_prediction
 from understudy.training.resume import newest_of
 
 __all__ = ["Restarts", "leave_lesson"]
@@ -76,7 +77,7 @@ class Restarts:
             f"{sizes_in_words(next_try)}, in place of {sizes_in_words(self._job.recipe)} "
             f"(restart {self.count} of {most})"
         )
-        self._job = replace(self._job, recipe=next_try, resume=resume)
+        self._job = with_prediction(replace(self._job, recipe=next_try, resume=resume), self._machine)
         self._claim.start_again(dump_recipe(readable(next_try)), step)
         store.set_aside_after(step)
         write_job(directory.job, self._job)

@@ -172,6 +172,7 @@ def _prepare(
     from understudy.checkpoint.store import CheckpointStore
     from understudy.training.checkpointing import most_checkpoints
     from understudy.training.out_of_memory import as_learned, read_lesson, sizes_in_words
+    from understudy.training.prediction import with_prediction
     from understudy.training.prepare import prepare_job, require_fit
     from understudy.training.resume import choose_checkpoint
 
@@ -196,7 +197,7 @@ def _prepare(
     if learned != recipe:
         say(f"memory: this run ran out of it before; it goes on with {sizes_in_words(learned)}")
     resume = None if found is None else found.checkpoint
-    job = replace(prepared.job, recipe=learned, resume=resume, token=claim.token)
+    job = with_prediction(replace(prepared.job, recipe=learned, resume=resume, token=claim.token), machine)
     return replace(prepared, job=job, resumed_step=0 if found is None else found.progress.step)
 
 

@@ -48,6 +48,7 @@ from understudy.training.final_model import Trained, prove_final_model, save_fin
 from understudy.training.hooks import Hook, HookList, interval_steps
 from understudy.training.job import Job, read_job
 from understudy.training.loop import train
+from understudy.training.memory_line import memory_line
 from understudy.training.metrics import MetricsHook
 from understudy.training.on_policy import with_own_answers
 from understudy.training.seeding import SeedHook
@@ -109,12 +110,15 @@ def _limit_memory(job: Job, device: Device, processes: int) -> None:
 
 
 def _as_on_rank_0(job: Job) -> Job:
-    """Under a launcher each process prepares its own job, and rank 0 alone knows where the run goes on from, and what
-    it learned about memory before."""
-    known = [(job.resume, job.token, job.recipe.training)]
+    """Under a launcher each process prepares its own job, and what `auto` comes to depends on the memory that is free
+    on its host. Rank 0's choice is everybody's; it alone knows where the run goes on from, and what it learned about
+    memory before."""
+    ours = {"strategy": job.recipe.strategy, "training": job.recipe.training}
+    known = [(job.resume, job.token, job.memory_predicted_bytes, ours)]
     dist.broadcast_object_list(known, src=0, device=torch.device("cpu"))
-    resume, token, training = known[0]
-    return replace(job, resume=resume, token=token, recipe=job.recipe.model_copy(update={"training": training}))
+    resume, token, predicted, theirs = known[0]
+    recipe = job.recipe.model_copy(update=theirs)
+    return replace(job, resume=resume, token=token, memory_predicted_bytes=predicted, recipe=recipe)
 
 
 def _train_and_save(
@@ -154,7 +158,7 @@ def _train_and_save(
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
         evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching, asking, note)
-        hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation)
+        hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation, job.memory_predicted_bytes)
         if job.checkpoints:
             hook = make_checkpoint_hook(
                 job,
@@ -198,6 +202,8 @@ def _train_and_save(
             max_grad_norm=recipe.training.max_grad_norm,
             hooks=HookList(hooks),
         )
+    if line := memory_line(job.memory_predicted_bytes, device.memory_peak_bytes()):
+        console.say(line)
     return save_final_model(
         job,
         strategy,
@@ -283,13 +289,20 @@ def _hooks(
     sinks: Sequence[Sink],
     total_steps: int,
     evaluation: EvaluationHook | None,
+    memory_predicted_bytes: int | None,
 ) -> list[Hook]:
     """Metrics come before the guard, so that the step that ends a run is logged."""
     every = recipe.logging.every
     return [
         note,
         SeedHook(device.seed, recipe.training.seed, world.rank),
-        MetricsHook(sinks, every=every, total_steps=total_steps, memory_peak_bytes=device.memory_peak_bytes),
+        MetricsHook(
+            sinks,
+            every=every,
+            total_steps=total_steps,
+            memory_peak_bytes=device.memory_peak_bytes,
+            memory_predicted_bytes=memory_predicted_bytes,
+        ),
         DivergenceGuard(allowed_non_finite_steps(recipe.training.precision), every),
         *([evaluation] if evaluation else []),
     ]
