@@ -25,6 +25,11 @@ from understudy.cli.arguments import recipe_arguments
     metavar="FILE",
     help="Draw the memory of each strategy: .html or .png.",
 )
+@click.option(
+    "--exact",
+    is_flag=True,
+    help="Also run the strategy that is taken, with the real model and tensors without memory: seconds to minutes.",
+)
 def command(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -32,6 +37,7 @@ def command(
     nodes: int,
     as_json: bool,
     picture: Path | None,
+    exact: bool,
 ) -> None:
     """Predict memory and speed of RECIPE under every strategy, from the model's configuration alone: what fits, how
     large a micro-batch may be, how fast it goes and what it waits for.
@@ -44,18 +50,28 @@ def command(
     from understudy.plan.report import report_lines
     from understudy.recipe.load import load_recipe
     from understudy.recipe.rules import check_processes
-    from understudy.training.planning import asked_hardware, plan_for
+    from understudy.training.planning import asked_hardware, find_shapes, plan_for
 
     loaded, sources = load_recipe(recipe, overrides)
     machine = asked_hardware(loaded, hardware, nodes)
     check_processes(loaded, machine.devices, sources)
-    plan = plan_for(loaded, sources, machine, here=hardware is None)
+    shapes = find_shapes(loaded, sources)
+    plan = plan_for(loaded, sources, machine, here=hardware is None, shapes=shapes)
     if picture is not None:
         from understudy.plan.picture import write_picture
 
         write_picture(plan, picture)
+    if not as_json:
+        for line in report_lines(plan):
+            click.echo(line)
+    answer = plan.to_json()
+    if exact:
+        from understudy.simulation.exact import simulate_plan
+
+        with sources.placing("model"):
+            simulated = simulate_plan(loaded, plan, shapes.teachers)
+        answer["exact"] = simulated.to_json()
+        if not as_json:
+            click.echo("\n".join(["", *simulated.lines()]))
     if as_json:
-        click.echo(json.dumps(plan.to_json()))
-        return
-    for line in report_lines(plan):
-        click.echo(line)
+        click.echo(json.dumps(answer))
