@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,13 +43,26 @@ def test_each_file_trains_as_one_process_does(tmp_path: Path) -> None:
         assert_same_weights(tmp_path / f"{name}.safetensors", trajectory(model), WEIGHT_TOLERANCE)
 
 
-def test_conformance_where_gradients_are_partitioned_round_robin(tmp_path: Path) -> None:
-    """The setting reorders weights inside DeepSpeed; each must still be set, trained and read as itself."""
-    file = tmp_path / "round_robin.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "round_robin_gradients": True}}))
+def test_conformance_of_what_reorders_or_cuts_up_what_is_sent(tmp_path: Path) -> None:
+    """Partitioning round robin reorders weights inside DeepSpeed; each must still be set, trained and read as itself. A
+    bucket smaller than a weight, and small sizes of all that stage 3 fetches and keeps, change no result."""
+    pieces = {"reduce_bucket_size": 500, "allgather_bucket_size": 400}
+    ahead = {"stage3_prefetch_bucket_size": 300, "stage3_max_live_parameters": 900, "stage3_max_reuse_distance": 900}
+    files: dict[str, dict[str, Any]] = {
+        "round_robin": {"stage": 2, "round_robin_gradients": True},
+        "zero2_in_pieces": {"stage": 2, **pieces},
+        "zero3_in_pieces": {"stage": 3, **pieces, **ahead},
+    }
     model = write_models(tmp_path / "models")[False]
-    strategy = {"kind": "deepspeed", "config": str(file)}
-    cases = {"round_robin": case(model, strategy, ADAMW, 4, max_grad_norm=0.5)}
+    cases: dict[str, Any] = {}
+    for name, zero in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+        strategy = {"kind": "deepspeed", "config": str(tmp_path / f"{name}.json")}
+        cases[name] = case(model, strategy, ADAMW, 4, max_grad_norm=0.5)
+    for preset in ("zero2", "zero3"):
+        small: dict[str, Any] = {"kind": "deepspeed", "stage": int(preset[-1]), "buckets": "small"}
+        cases[f"{preset}_small"] = case(model, small, ADAMW, 4, max_grad_norm=0.5)
     results = run_processes(WORKER, 2, tmp_path, {"cases": cases})
-    assert_same_trajectory(results[0]["round_robin"], trajectory(model), LOSS_TOLERANCE, NORM_TOLERANCE)
-    assert_same_weights(tmp_path / "round_robin.safetensors", trajectory(model), WEIGHT_TOLERANCE)
+    for name in cases:
+        assert_same_trajectory(results[0][name], trajectory(model), LOSS_TOLERANCE, NORM_TOLERANCE)
+        assert_same_weights(tmp_path / f"{name}.safetensors", trajectory(model), WEIGHT_TOLERANCE)

@@ -122,7 +122,8 @@ def test_a_run_that_goes_on_takes_what_it_took_while_that_fits(tmp_path: Path, o
     on("8xA100-40GB")
     recipe = recipe_with(tmp_path)
     training = {**FIXED, "activation_checkpointing": "full", "precision": "fp16"}
-    before = begun(recipe_with(tmp_path, strategy="zero3", cluster={"processes": 8}, training=training))
+    strategy = {"kind": "deepspeed", "stage": 3, "buckets": "small"}
+    before = begun(recipe_with(tmp_path, strategy=strategy, cluster={"processes": 8}, training=training))
     earlier = find_earlier(recipe, overwrite=False)
     assert earlier is not None
     assert earlier.recipe == before
@@ -130,6 +131,9 @@ def test_a_run_that_goes_on_takes_what_it_took_while_that_fits(tmp_path: Path, o
     again = choose(recipe, SourceMap(), MACHINE, 8, earlier=earlier)
     assert (again.recipe.strategy, again.recipe.training) == (before.strategy, before.training)
     assert again.lines[0].endswith(": as this run began")
+    assert again.lines[0].startswith("auto: zero3 with small buckets, ")
+    named = choose(recipe_with(tmp_path, strategy="zero3"), SourceMap(), MACHINE, 8, earlier=earlier)
+    assert (named.recipe.strategy, named.recipe.training) == (before.strategy, before.training)
 
     elsewhere = choose(recipe, SourceMap(), MACHINE, 4, earlier=earlier)  # other processes: only precision stays
     assert elsewhere.recipe.training.precision == "fp16"

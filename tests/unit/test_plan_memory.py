@@ -39,7 +39,6 @@ from understudy.plan.memory.device import COMPONENTS
 from understudy.plan.memory.head import CHUNK_BYTES
 from understudy.plan.memory.optimizer import kept_bytes
 from understudy.plan.memory.setting import strategy_of
-from understudy.plan.memory.zero import DEFAULT_BUCKET
 from understudy.plan.network import Held
 from understudy.plan.packed import packing_of
 from understudy.plan.shape.model import model_shape
@@ -183,11 +182,9 @@ def test_constants_are_those_of_the_code_they_speak_of() -> None:
     from understudy.models import head
     from understudy.objectives import distillation_loss
     from understudy.plan.memory import head as planned
-    from understudy.strategies import engine_config
 
     assert CHUNK_BYTES == head.CHUNK_BYTES
     assert planned._BLOCK_BYTES == distillation_loss.BLOCK_BYTES
-    assert DEFAULT_BUCKET == engine_config.DEFAULT_BUCKET_ELEMENTS
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (4096, 14336), (3, 5)])

@@ -37,6 +37,8 @@ def resolve(
         training = {name: taken[name] for name in asked if name != "strategy"}
         top = {"training": recipe.training.model_copy(update=training)}
         top |= {"strategy": taken["strategy"]} if "strategy" in asked else {}
+    if isinstance(recipe.strategy, DeepSpeed) and recipe.strategy.buckets == "auto":
+        top["strategy"] = recipe.strategy.model_copy(update={"buckets": _buckets(plan, recipe.strategy)})
     if recipe.data.num_workers == "auto":
         top["data"] = recipe.data.model_copy(update={"num_workers": machine.cores})
         choices.append(f"data.num_workers: {machine.cores}, one a core")
@@ -88,6 +90,14 @@ def _as_planned(plan: Plan, row: Row) -> str:
     )
 
 
+def _buckets(plan: Plan | None, strategy: DeepSpeed) -> str:
+    """Those of the plan's row, whether it fits or not; large ones without a plan."""
+    for row in () if plan is None else plan.rows:
+        if isinstance(row.strategy, DeepSpeed) and row.strategy.model_copy(update={"buckets": "auto"}) == strategy:
+            return row.strategy.buckets
+    return "large"
+
+
 def _words(name: str, value: Any) -> str:
     if name == "strategy":
         return _strategy_name(value)
@@ -101,4 +111,6 @@ def _words(name: str, value: Any) -> str:
 def _strategy_name(strategy: DDP | FSDP | DeepSpeed) -> str:
     """The preset's, of which the choices are."""
     settings = strategy.model_dump(exclude_none=True, exclude_defaults=True) | {"kind": strategy.kind}
-    return next((name for name, preset in STRATEGY_PRESETS.items() if preset == settings), strategy.kind)
+    small = settings.pop("buckets", "large") == "small"
+    name = next((name for name, preset in STRATEGY_PRESETS.items() if preset == settings), strategy.kind)
+    return f"{name} with small buckets" if small else name

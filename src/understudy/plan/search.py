@@ -10,12 +10,13 @@ from understudy.plan.advice import lever, reason_against, why_chosen, why_nothin
 from understudy.plan.estimate import Estimate, Estimator
 from understudy.plan.hardware.hardware import Hardware
 from understudy.plan.memory.activations import Checkpointing
+from understudy.plan.memory.buckets import Buckets
 from understudy.plan.memory.setting import strategy_of
 from understudy.plan.outcome import Plan, Row
 from understudy.plan.shape.model import ModelShape
 from understudy.recipe.presets import STRATEGY_PRESETS
 from understudy.recipe.rules.rule import RULES
-from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Recipe
+from understudy.recipe.schema import DeepSpeed, Recipe, Strategy
 
 __all__ = ["best"]
 
@@ -37,7 +38,7 @@ def best(
     *,
     teachers: Sequence[ModelShape | None] = (),
     limit_bytes: int | None = None,
-    lacking: Callable[[DDP | FSDP | DeepSpeed, str], str | None] | None = None,
+    lacking: Callable[[Strategy, str], str | None] | None = None,
     levers: bool = True,
 ) -> Plan:
     """A plan for `recipe` on `hardware`: the fastest of what fits is chosen.
@@ -52,10 +53,11 @@ def best(
     limit = limit_bytes or hardware.accelerator.usable_bytes
     precision = estimator.precision.name
     rows = tuple(
-        _row(name, strategy, estimator, limit, lacking(strategy, precision) if lacking else None)
+        _row(name, _bucketed(strategy), estimator, limit, lacking(strategy, precision) if lacking else None)
         for name, strategy in _strategies(recipe)
     )
-    allowed = [row for row in rows if recipe.strategy == "auto" or row.strategy == recipe.strategy]
+    asked = () if recipe.strategy == "auto" else _bucketed(recipe.strategy)
+    allowed = [row for row in rows if not asked or row.strategy in asked]
     fitting = [row for row in allowed if row.fits]
     chosen = _choose(fitting)
     if chosen is not None:
@@ -80,14 +82,27 @@ def best(
     return Plan(hardware, limit, shape, estimator.network.trained, precision, rows, chosen, sentence, advice)
 
 
-def _strategies(recipe: Recipe) -> Iterator[tuple[str, DDP | FSDP | DeepSpeed]]:
+def _strategies(recipe: Recipe) -> Iterator[tuple[str, Strategy]]:
     """Every preset, and the recipe's own strategy where that is none of them."""
-    presets = {name: strategy_of(settings) for name, settings in STRATEGY_PRESETS.items()}
-    yield from presets.items()
     own = recipe.strategy
+    presets = {name: strategy_of(settings) for name, settings in STRATEGY_PRESETS.items()}
+    if own != "auto":
+        presets = {name: own if _with_buckets(own, "auto") == preset else preset for name, preset in presets.items()}
+    yield from presets.items()
     if own != "auto" and own not in presets.values():
         chosen = own.model_dump(exclude={"kind"}, exclude_defaults=True)
         yield " ".join([own.kind, *(f"{name}={value}" for name, value in chosen.items())]), own
+
+
+def _with_buckets(strategy: Strategy, buckets: Buckets) -> Strategy:
+    return strategy.model_copy(update={"buckets": buckets}) if isinstance(strategy, DeepSpeed) else strategy
+
+
+def _bucketed(strategy: Strategy) -> tuple[Strategy, ...]:
+    """With buckets as the recipe has them, else with large ones, or small ones where there is no room for those."""
+    if not isinstance(strategy, DeepSpeed) or strategy.buckets != "auto":
+        return (strategy,)
+    return _with_buckets(strategy, "large"), _with_buckets(strategy, "small")
 
 
 def _choose(fitting: Sequence[Row]) -> Row | None:
@@ -99,18 +114,25 @@ def _choose(fitting: Sequence[Row]) -> Row | None:
     return min(good, key=lambda row: (order.get(row.name, len(order)), -row.tokens_per_second_per_device))
 
 
-def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limit: int, lacks: str | None) -> Row:
+def _row(name: str, variants: Sequence[Strategy], estimator: Estimator, limit: int, lacks: str | None) -> Row:
+    """Of one strategy at its best; of `variants`, of which the first is the one to prefer."""
     recipe = estimator.recipe
     asked = recipe.training.activation_checkpointing
     kinds = _KINDS if asked == "auto" else (asked,)
-    refusals = {kind: lacks or _refusal(recipe, strategy, kind, estimator.precision.name) for kind in kinds}
+    refusals = {kind: lacks or _refusal(recipe, variants[0], kind, estimator.precision.name) for kind in kinds}
     possible = [kind for kind in kinds if refusals[kind] is None]
-    found = [(estimate, kind) for kind in possible if (estimate := _largest(estimator, strategy, kind, limit))]
-    if found:
-        estimate, kind = max(found, key=lambda one: one[0].tokens_per_second)
+    best_of: list[tuple[Estimate, Checkpointing, Strategy]] = []
+    for strategy in variants:
+        found = [(one, kind, strategy) for kind in possible if (one := _largest(estimator, strategy, kind, limit))]
+        best_of += [max(found, key=lambda one: one[0].tokens_per_second)] if found else []
+    if best_of:
+        fastest = max(estimate.tokens_per_second for estimate, _, _ in best_of)
+        estimate, kind, strategy = next(one for one in best_of if one[0].tokens_per_second >= _AS_GOOD * fastest)
         return _made(name, strategy, kind, estimate, None)
-    tried = [(_smallest(estimator, strategy, kind), kind) for kind in possible or kinds]
-    estimate, kind = min(tried, key=lambda one: one[0].peak.total_bytes)
+    tried = [
+        (_smallest(estimator, strategy, kind), kind, strategy) for kind in possible or kinds for strategy in variants
+    ]
+    estimate, kind, strategy = min(tried, key=lambda one: one[0].peak.total_bytes)
     refused = None if possible else next(iter(refusals.values()))
     reason = refused or reason_against(
         estimate.peak.total_bytes, _teachers_own(estimator), limit, estimate.host_bytes, estimator.hardware
@@ -120,7 +142,7 @@ def _row(name: str, strategy: DDP | FSDP | DeepSpeed, estimator: Estimator, limi
 
 def _made(
     name: str,
-    strategy: DDP | FSDP | DeepSpeed,
+    strategy: Strategy,
     kind: Checkpointing,
     estimate: Estimate,
     reason: str | None,
@@ -154,7 +176,7 @@ def _made(
     )
 
 
-def _refusal(recipe: Recipe, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, precision: str) -> str | None:
+def _refusal(recipe: Recipe, strategy: Strategy, kind: Checkpointing, precision: str) -> str | None:
     """Why the recipe's rules do not allow the strategy, the first of the reasons."""
     training = recipe.training.model_copy(update={"activation_checkpointing": kind, "precision": precision})
     candidate = recipe.model_copy(update={"strategy": strategy, "training": training})
@@ -164,9 +186,7 @@ def _refusal(recipe: Recipe, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointi
         return error.message
 
 
-def _largest(
-    estimator: Estimator, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing, limit: int
-) -> Estimate | None:
+def _largest(estimator: Estimator, strategy: Strategy, kind: Checkpointing, limit: int) -> Estimate | None:
     """With the most tokens that fit, at most what a step has for a process, and on a processor at most what makes it
     faster; None where not even one example does."""
 
@@ -196,7 +216,7 @@ def _largest(
     return found
 
 
-def _smallest(estimator: Estimator, strategy: DDP | FSDP | DeepSpeed, kind: Checkpointing) -> Estimate:
+def _smallest(estimator: Estimator, strategy: Strategy, kind: Checkpointing) -> Estimate:
     fixed = estimator.recipe.training.micro_batch_tokens
     return estimator.at(strategy, kind, estimator.recipe.data.max_length if fixed == "auto" else fixed)
 

@@ -191,6 +191,8 @@ class DeepSpeed(Section):
     """Directory on the NVMe disk for `nvme`."""
     config: str | None = None
     """A DeepSpeed JSON file, taken as it is with "auto" filled in."""
+    buckets: Literal["auto", "large", "small"] = "auto"
+    """How much is sent, fetched ahead and kept at once, where the file does not say: `small` takes less memory."""
 
 
 Strategy = Annotated[DDP | FSDP | DeepSpeed, Field(discriminator="kind")]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from understudy.plan.memory.buckets import zero_sizes
 from understudy.recipe.deepspeed_file import effective_deepspeed, read_deepspeed_file
 from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.strategies.precision import Precision
 
 __all__ = ["engine_config"]
-
-DEFAULT_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's own bucket size; fewer trained parameters need no larger bucket."""
 
 ACCUMULATION = 2
 """Any number above 1: with 1, DeepSpeed 0.14.4 leaves out its accumulation buffers for offloaded gradients."""
@@ -46,7 +44,8 @@ def engine_config(
     _set_precision(config, recipe.training.precision if stage > 0 else "fp32")
     zero = config.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    zero.setdefault("reduce_bucket_size", min(DEFAULT_BUCKET_ELEMENTS, num_trained))
+    sizes = zero_sizes(zero, settings.buckets, hidden=hidden_size, trained=num_trained)
+    zero.update({key: size for key, size in sizes.items() if stage == 3 or not key.startswith("stage3_")})
     for key, target in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
         if target == "none":
             zero.pop(key, None)
@@ -54,10 +53,6 @@ def engine_config(
             zero.setdefault(key, {}).setdefault("device", target)
             if target == "nvme":
                 zero[key].setdefault("nvme_path", settings.nvme_path)
-    if stage == 3:
-        # DeepSpeed's own, 100,000, would keep whole layers of a small model, or of a quantized one, on every device.
-        zero.setdefault("stage3_param_persistence_threshold", "auto")
-    _fill_automatic_sizes(zero, hidden_size)
     return {key: _without_auto(value) for key, value in config.items() if value != "auto"}
 
 
@@ -71,19 +66,6 @@ def _set_precision(config: dict[str, Any], precision: str) -> None:
         config.setdefault("communication_data_type", "fp32")
     # A step whose gradient is not finite must leave the weights alone; fp16 does so by itself.
     config["bf16"].setdefault("check_grad_overflow", True)
-
-
-def _fill_automatic_sizes(zero: dict[str, Any], hidden_size: int) -> None:
-    """The values that `transformers` documents for "auto": one or a few hidden × hidden matrices."""
-    automatic = {
-        "reduce_bucket_size": hidden_size**2,
-        "allgather_bucket_size": hidden_size**2,
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for key, value in automatic.items():
-        if zero.get(key) == "auto":
-            zero[key] = value
 
 
 def _without_auto(value: Any) -> Any:

@@ -17,7 +17,7 @@ from understudy.plan.estimate import usual_precision
 from understudy.plan.machine import Machine
 from understudy.plan.outcome import Plan
 from understudy.plan.resolve import planned_fields, resolve
-from understudy.recipe.schema import Recipe
+from understudy.recipe.schema import DeepSpeed, Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.yaml_text import CoreLoader
 from understudy.training.planning import find_shapes, hardware_here, plan_for
@@ -117,6 +117,9 @@ def _as_before(recipe: Recipe, earlier: Earlier | None, processes: int) -> Recip
     if before is None or before.cluster.processes != processes or not planned_fields(recipe):
         return None
     ours, theirs = _fields(recipe), _fields(before)
+    own, then = ours["strategy"], theirs["strategy"]
+    if isinstance(own, DeepSpeed) and isinstance(then, DeepSpeed) and own.buckets == "auto":
+        ours["strategy"] = own.model_copy(update={"buckets": then.buckets})
     if any(value not in ("auto", theirs[name]) for name, value in ours.items()):
         return None
     training = {name: value for name, value in theirs.items() if name != "strategy"}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from understudy.plan.memory.buckets import zero_sizes
 from understudy.plan.network import Held, Network
 from understudy.recipe.schema import DDP, FSDP, DeepSpeed, Optimizer
 
@@ -48,6 +49,12 @@ class Setting:
     """Collectives are gloo's, which sums a copy where parts are summed and dealt out."""
     accumulates: bool = True
     """A step has several micro-batches, so that gradients are there while the later ones run."""
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Of ZeRO's buckets, by DeepSpeed's names; elements."""
+        buckets = self.strategy.buckets if isinstance(self.strategy, DeepSpeed) else "auto"
+        return zero_sizes(self.zero, buckets, hidden=self.hidden, trained=self.network.trained)
 
     @property
     def hidden(self) -> int:

@@ -13,18 +13,10 @@ from understudy.plan.network import Held
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed
 
-__all__ = ["DEFAULT_BUCKET", "bucket_elements", "zero_costs"]
+__all__ = ["zero_costs"]
 
-DEFAULT_BUCKET = 500_000_000
-"""`strategies.engine_config`: gradients are sent in buckets of so many elements, or of all where they are fewer."""
-
-
-def bucket_elements(setting: Setting) -> int:
-    """What a DeepSpeed file says, or our own choice."""
-    given = setting.zero.get("reduce_bucket_size")
-    if given == "auto":
-        return setting.hidden**2
-    return int(given) if isinstance(given, int | float) else min(DEFAULT_BUCKET, setting.network.trained)
+_PUT_TOGETHER = 500_000_000
+"""DeepSpeed's: of fewer elements than that, stage 1 in bf16 puts all gradients together to send them."""
 
 
 def zero_costs(setting: Setting) -> Costs:
@@ -42,7 +34,7 @@ def _stage_1(setting: Setting) -> Costs:
     # Beside the sums, in bf16, those that the backward pass makes.
     gradients = wide + (compute * trained if bf16 else 0)
     there = gradients if setting.accumulates else wide if bf16 else 0
-    bucket = 0 if bf16 else FP32 * min(bucket_elements(setting), trained)
+    bucket = 0 if bf16 else FP32 * min(setting.sizes["reduce_bucket_size"], trained)
     return Costs(
         weights=setting.held_bytes(compute) + FP32 * part,
         moments=moment_bytes(setting, _part(setting), FP32),
@@ -58,7 +50,7 @@ def _stage_1(setting: Setting) -> Costs:
         ),
         # Gradients are sent where they are, but for those of a small model in bf16, which are put together first.
         sending=Instant(
-            1.0, gradients=gradients, communication=2 * bucket + (wide if bf16 and trained <= DEFAULT_BUCKET else 0)
+            1.0, gradients=gradients, communication=2 * bucket + (wide if bf16 and trained <= _PUT_TOGETHER else 0)
         ),
         step=Instant(1.0, gradients=gradients, communication=step_scratch(setting, _part(setting))),
         made=compute,
@@ -72,7 +64,7 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     network, compute = setting.network, setting.precision.compute
     trained, processes = network.trained, setting.processes
     part = -(-trained // processes)
-    bucket = min(bucket_elements(setting), trained)
+    bucket = min(setting.sizes["reduce_bucket_size"], trained)
     wide = compute == FP32
     gradients = FP32 * part
     if offload and wide:
@@ -88,15 +80,22 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     if bucket < trained:  # else the only one is sent when all layers are done
         layers.append(Instant(filled, gradients=gradients, communication=compute * bucket + sent))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
+    # What is larger than a bucket is sent alone, from where it is.
+    head_alone, embedding_alone = (
+        FP32 * numel if numel > bucket and not wide else 0
+        for numel in (setting.head_gradient, setting.embedding_gradient)
+    )
     master, moments = FP32 * part, moment_bytes(setting, _part(setting), FP32)
     host = master + moments + FP32 * part + compute * part + scratch + (FP32 * part if wide else 0)
     return Costs(
         weights=setting.held_bytes(compute) + scratch + (0 if offload else master),
         moments=0 if offload else moments,
         loss=Instant(gradients=there),
-        head=Instant(gradients=there + head, communication=compute * bucket),
+        head=Instant(
+            gradients=(gradients if head_alone else there) + head, communication=compute * bucket + head_alone
+        ),
         layers=tuple(layers),
-        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket),
+        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket + embedding_alone),
         sending=Instant(1.0, gradients=gradients, communication=compute * bucket + sent),
         step=Instant(
             1.0,

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from understudy.plan.memory.optimizer import moment_bytes, step_scratch
 from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
-from understudy.plan.memory.zero import bucket_elements
 from understudy.plan.network import Held
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed
 
 __all__ = ["zero3_costs"]
 
-_REUSE = 1_000_000_000
-_PREFETCH = 50_000_000
 _SUBGROUP = 1_000_000_000
-"""DeepSpeed's own: elements of the reuse distance, of what is fetched ahead, and of one optimizer step."""
-_PERSISTENT_ROWS = 10
-"""`strategies.engine_config` keeps parameters of at most so many times the hidden size whole."""
+"""DeepSpeed's own: elements of one optimizer step."""
 
 
 def zero3_costs(setting: Setting) -> Costs:
@@ -36,7 +31,7 @@ def zero3_costs(setting: Setting) -> Costs:
     computing = sum(_computing_part(held, processes, compute) * count for held, count in network.parameters())
     small = _small_bytes(setting)
     moments = moment_bytes(setting, local, FP32)
-    bucket = FP32 * bucket_elements(setting)
+    bucket = FP32 * setting.sizes["reduce_bucket_size"]
     gradients = 0 if optimizer != "none" else FP32 * mine
     on_device = small + compute * network.shared
     on_device += 0 if parameters != "none" else computing
@@ -76,11 +71,6 @@ def zero3_costs(setting: Setting) -> Costs:
     )
 
 
-def _number(setting: Setting, key: str, own: int) -> int:
-    value = setting.zero.get(f"stage3_{key}")
-    return int(value) if isinstance(value, int | float) else own
-
-
 def _computing_part(held: Held, processes: int, itemsize: int) -> int:
     if held.packed_bytes is not None:
         return -(-held.packed_bytes // processes)
@@ -88,7 +78,7 @@ def _computing_part(held: Held, processes: int, itemsize: int) -> int:
 
 
 def _threshold(setting: Setting) -> int:
-    return _number(setting, "param_persistence_threshold", _PERSISTENT_ROWS * setting.hidden)
+    return setting.sizes["stage3_param_persistence_threshold"]
 
 
 def _elements(setting: Setting, held: Held) -> int:
@@ -109,7 +99,7 @@ def _whole_at_the_turn(setting: Setting) -> int:
     """Bytes of what is whole as the forward pass ends: modules from the end on, until those behind one and the way back
     to it are as many elements as the reuse distance."""
     compute, threshold = setting.precision.compute, _threshold(setting)
-    reach = _number(setting, "max_reuse_distance", _REUSE) // 2
+    reach = setting.sizes["stage3_max_reuse_distance"] // 2
     whole = _elements(
         setting, next((one for one in setting.network.outside if one.role == "head"), setting.network.outside[0])
     )
@@ -125,9 +115,7 @@ def _whole_at_the_turn(setting: Setting) -> int:
 
 def _ahead(setting: Setting) -> int:
     """Elements fetched ahead."""
-    given = setting.zero.get("stage3_prefetch_bucket_size")
-    own = int(0.9 * setting.hidden**2) if given == "auto" else _PREFETCH
-    return _number(setting, "prefetch_bucket_size", own)
+    return setting.sizes["stage3_prefetch_bucket_size"]
 
 
 def _everything(setting: Setting) -> int:
