@@ -54,22 +54,24 @@ def memory_limit_bytes(root: Path = Path("/")) -> int | None:
 
 
 def held_data_bytes(root: Path = Path("/")) -> int | None:
-    """What `limit_data` limits, as this process has it now; None where the system does not tell."""
-    found = re.search(r"^VmData:\s+(\d+) kB", _read(root / "proc/self/status"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
+    """Private memory that this process has written to; None where the system does not tell."""
+    return _status(root, "RssAnon")
 
 
 def limit_data(size_bytes: int) -> None:
     """From now on this process gets no more than `size_bytes` of private memory that it may write to.
 
-    That is everything it makes, in Python, C++ or threads, whether it has touched it yet or not: objects, tensors,
-    stacks, what the interpreter and its libraries set up. Not counted are programs' text, files mapped to be read, and
-    memory that processes share. What asks for more gets `MemoryError`, `RuntimeError` or `OSError`, or aborts. Linux
-    counts so since 4.7 (getrlimit(2), RLIMIT_DATA); processes that it starts inherit the limit.
+    That is what `held_data_bytes` says, and everything that the process reserves from now on, in Python, C++ or
+    threads, whether it touches it or not: objects, tensors, stacks. What is reserved already and not touched is left
+    out (an allocator of Arrow's reserves a gibibyte), and so are programs' text, files mapped to be read, and memory
+    that processes share. What asks for more gets `MemoryError`, `RuntimeError` or `OSError`, or aborts. Processes that
+    it starts inherit the limit. Linux counts so since 4.7 (getrlimit(2), RLIMIT_DATA).
     """
+    reserved, held = _status(Path("/"), "VmData"), held_data_bytes()
+    untouched_bytes = max(0, reserved - held) if reserved is not None and held is not None else 0
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    soft = min(size_bytes, sys.maxsize if hard == resource.RLIM_INFINITY else hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    resource.setrlimit(resource.RLIMIT_DATA, (min(size_bytes + untouched_bytes, most), hard))
 
 
 def lift_data_limit() -> None:
@@ -80,6 +82,12 @@ def lift_data_limit() -> None:
 
 def _meminfo(root: Path, name: str) -> int | None:
     found = re.search(rf"{name}:\s+(\d+) kB", _read(root / "proc/meminfo"))
+    return int(found[1]) * 1024 if found else None
+
+
+def _status(root: Path, name: str) -> int | None:
+    """Of this process, in bytes."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", _read(root / "proc/self/status"), re.MULTILINE)
     return int(found[1]) * 1024 if found else None
 
 
