@@ -50,7 +50,7 @@ def train(recipe: Path, *runs: list[str], **variables: str) -> subprocess.Comple
     """`understudy train` of `recipe` with the overrides of one run after the other."""
     command = [sys.executable, "-m", "tests.distributed.forked_train", str(recipe), *map(json.dumps, runs)]
     variables = {**environment(recipe.parent), "PYTHONPATH": str(ROOT), **variables}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
 
 
 def told(done: subprocess.CompletedProcess[str]) -> list[str]:
