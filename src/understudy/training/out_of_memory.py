@@ -140,7 +140,7 @@ def would_fit(job: Job, machine: Machine) -> str:
         processes = recipe.cluster.processes
         hardware = hardware_here(recipe, machine, None if processes == "auto" else processes)
         tried = plan_for(recipe, sources, hardware, here=True, levers=False)
-        [row] = [row for row in tried.rows if row.strategy == recipe.strategy]
+        row = next(row for row in tried.rows if _without_buckets(row.strategy) == _without_buckets(recipe.strategy))
         limit = min(tried.limit_bytes, int(_CERTAINLY_LESS * row.device_peak_bytes))
         free = {"micro_batch_tokens": "auto", "activation_checkpointing": "auto", "memory_limit": f"{limit >> 10}KiB"}
         training = recipe.training.model_copy(update=free)
@@ -170,6 +170,12 @@ def _most_of_a_step(job: Job) -> int:
     assert processes != "auto", "the recipe must be resolved first"
     examples = math.ceil(job.recipe.training.global_batch_size / processes)
     return int(np.sort(TokenCache.open(job.train).lengths)[-examples:].sum())
+
+
+def _without_buckets(strategy: Any) -> dict[str, Any]:
+    """The strategy, whatever the size of its buckets, which a plan may choose."""
+    settings: dict[str, Any] = strategy.model_dump(exclude={"buckets"})
+    return settings
 
 
 def _as_overrides(row: Row) -> str:
