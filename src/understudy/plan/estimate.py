@@ -48,6 +48,9 @@ def usual_precision(recipe: Recipe, hardware: Hardware) -> str:
 class Estimate:
     peak: DevicePeak
     host_bytes: int
+    """On one host."""
+    offloaded_bytes: int
+    """Of one process's tensors, in host memory."""
     tokens: int
     micro_batches: int
     """In a step, in the process with most."""
@@ -132,7 +135,15 @@ class Estimator:
         per_device = self.recipe.training.global_batch_size * self.recipe.data.max_length / self.hardware.devices
         # Of the last micro-batch only a part may be filled.
         filled = self.share / (used * micro_batches)
-        return Estimate(peak, host, tokens, micro_batches, time, per_device / (time.total * min(1.0, filled)))
+        return Estimate(
+            peak,
+            host,
+            costs.host + self.teacher.host_bytes,
+            tokens,
+            micro_batches,
+            time,
+            per_device / (time.total * min(1.0, filled)),
+        )
 
     def _setting(self, strategy: DDP | FSDP | DeepSpeed, *, accumulates: bool) -> Setting:
         zero: dict[str, Any] = {}

@@ -20,13 +20,14 @@ from understudy.optim.optimizers.registry import make_optimizer
 from understudy.plan.shape.model import ModelShape
 from understudy.recipe.schema import Recipe
 from understudy.simulation.group import answer_reducer, simulated_group
+from understudy.simulation.hollow_optimizer import hollow_host_optimizer
 from understudy.simulation.hollow_tensors import HollowTensors, hollow_parameters
 from understudy.simulation.live_tensors import Alive, LiveTensors, Moment
 from understudy.simulation.subject import SimulatedDevice, make_student, make_teaching
 from understudy.strategies.base import ModuleStrategy
 from understudy.strategies.registry import make_strategy
 
-__all__ = ["Simulation", "live_step", "simulate"]
+__all__ = ["Simulation", "flat_batch", "live_step", "simulate"]
 
 HOST = torch.device("cpu")
 
@@ -64,10 +65,10 @@ def simulate(
     tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
     assert tokens != "auto", "the recipe must be resolved first"
     device = SimulatedDevice(kernel)
-    with simulated_group(processes) as world, _placed_already(), warnings.catch_warnings():
+    with simulated_group(processes) as world, _placed_already(), hollow_host_optimizer(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages, about arguments and tensors that are not what they seem
         model = make_student(recipe, shape, device)
-        batch = _batch(tokens, longest)
+        batch = flat_batch(tokens, longest)
         with HollowTensors() as hollow, LiveTensors() as live:
             live.mark("build")
             hollow_parameters(model, hollow.fake)
@@ -109,7 +110,7 @@ def live_step(
     live.mark("end")
 
 
-def _batch(tokens: int, longest: int) -> Batch:
+def flat_batch(tokens: int, longest: int) -> Batch:
     """`tokens` tokens in documents of `longest`, the last one shorter."""
     documents = []
     for start in range(0, tokens, longest):

@@ -1,0 +1,94 @@
+"""The exact tier against real steps of two processes: the most bytes of tensors at once, under every strategy."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks.apart import each_apart
+
+from tests.distributed.processes import run_processes
+from understudy.plan.shape.model import model_shape
+from understudy.recipe.presets import STRATEGY_PRESETS
+from understudy.recipe.schema import Recipe
+from understudy.simulation.simulate import simulate
+
+pytestmark = pytest.mark.distributed
+
+TINY: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+}
+SMOLLM2: dict[str, Any] = {
+    **TINY,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+PROCESSES = 2
+Case = tuple[dict[str, Any], dict[str, Any], int]
+
+
+def case(config: dict[str, Any], strategy: str, tokens: int, micro_batches: int, **sections: Any) -> Case:
+    recipe = {
+        "name": "r",
+        "output_dir": "o",
+        "model": {"path": "m"},
+        "data": {"train": [{"path": "d"}], "max_length": tokens},
+        "strategy": strategy,
+        "training": {"precision": "bf16", "activation_checkpointing": "none", "micro_batch_tokens": tokens},
+        **sections,
+    }
+    return config, recipe, micro_batches
+
+
+TINY_CASES: dict[str, Case] = {
+    **{name: case(TINY, name, 512, 2) for name in STRATEGY_PRESETS},
+    "zero3, LoRA": case(TINY, "zero3", 512, 1, adapter="lora"),
+    "fsdp, LoRA": case(TINY, "fsdp", 512, 1, adapter="lora"),
+}
+
+
+def simulated(given: Case) -> int:
+    config, recipe, micro_batches = given
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = simulate(
+            Recipe.model_validate(recipe),
+            model_shape(config),
+            processes=PROCESSES,
+            micro_batches=micro_batches,
+            kernel="documents",
+        )
+    return found.peak_bytes
+
+
+def ratios(cases: dict[str, Case], scratch: Path) -> dict[str, float]:
+    """The simulated peak over the real one."""
+    real = run_processes(Path(__file__).parent / "live_worker.py", PROCESSES, scratch, {"cases": cases})[0]
+    exact = each_apart(simulated, cases.values(), imports=["understudy.simulation.simulate", "deepspeed"])
+    return {name: size / real[name] for name, size in zip(cases, exact, strict=True)}
+
+
+def test_simulated_peaks_are_those_of_two_real_processes(tmp_path: Path) -> None:
+    found = ratios(TINY_CASES, tmp_path)
+    assert {name: ratio for name, ratio in found.items() if not 0.95 <= ratio <= 1.05} == {}
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("strategy", STRATEGY_PRESETS)
+def test_simulated_peaks_of_135_million_parameters_are_real_ones(strategy: str, tmp_path: Path) -> None:
+    found = ratios({strategy: case(SMOLLM2, strategy, 128, 2)}, tmp_path)
+    assert 0.95 <= found[strategy] <= 1.05
