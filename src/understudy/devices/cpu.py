@@ -12,6 +12,7 @@ import torch
 from understudy.devices.attention import DocumentAttention
 from understudy.devices.detect import detect_machine
 from understudy.devices.device import DeviceDescription
+from understudy.devices.heap import return_large_blocks
 from understudy.devices.host_memory import (
     available_memory_bytes,
     held_data_bytes,
@@ -36,6 +37,7 @@ class CPU:
     flash_attention: DocumentAttention | None = None
 
     def torch_device(self, local_rank: int) -> torch.device:
+        return_large_blocks()
         return torch.device("cpu")
 
     def describe(self) -> tuple[DeviceDescription, ...]:

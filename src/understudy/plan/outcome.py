@@ -57,6 +57,7 @@ class Row:
             "micro_batch_tokens": self.micro_batch_tokens,
             "micro_batches": self.micro_batches,
             "activation_checkpointing": self.activation_checkpointing,
+            "buckets": self.strategy.buckets if isinstance(self.strategy, DeepSpeed) else None,
             "tokens_per_second_per_device": round(self.tokens_per_second_per_device, 1),
             "step_seconds": round(self.step_seconds, 4),
             "bound": self.bound,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from understudy.plan.advice import gibibytes
 from understudy.plan.outcome import Plan, Row
+from understudy.recipe.schema import DeepSpeed
 
 __all__ = ["report_lines"]
 
@@ -50,6 +51,8 @@ def report_lines(plan: Plan) -> list[str]:
     ]
     unfit = [f"  {row.name} does not fit: {row.reason}" for row in plan.rows if not row.fits and not row.refused]
     unfit += [f"  {row.name} cannot be taken: {row.reason}" for row in plan.rows if row.refused]
+    small = [row.name for row in plan.rows if isinstance(row.strategy, DeepSpeed) and row.strategy.buckets == "small"]
+    unfit += [f"  with small buckets: {', '.join(small)}"] if small else []
     lines += ["", *unfit] if unfit else []
     lines += ["", plan.why[:1].upper() + plan.why[1:]]
     if plan.lever:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from understudy.checkpoint.places import MODEL
 from understudy.data.cache import TokenCache
 from understudy.errors import UserError
 from understudy.plan.estimate import Estimator
 from understudy.plan.machine import Machine
+from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.objectives import Distillation
+from understudy.recipe.schema import FSDP, DeepSpeed, Strategy
 from understudy.training.job import Job
 from understudy.training.planning import find_shapes, hardware_here
 from understudy.training.worker import training_data
@@ -29,8 +32,8 @@ def predicted_bytes(job: Job, machine: Machine) -> int | None:
     does not know the model.
 
     On a device it is what the allocator holds, which is what is measured there: without the context of driver and
-    kernels. On a processor it is the whole process, interpreter and libraries included, with what it keeps for others
-    in the host's memory.
+    kernels. On a processor it is the whole process as it is resident: with interpreter and libraries, what is offloaded
+    to the host's memory, and the weights' file, which stays mapped.
     """
     recipe, processes = job.recipe, job.recipe.cluster.processes
     strategy, training = recipe.strategy, recipe.training
@@ -49,7 +52,17 @@ def predicted_bytes(job: Job, machine: Machine) -> int | None:
         return None
     if hardware.accelerated:
         return estimate.peak.total_bytes - estimate.peak.breakdown["context"]
-    return estimate.host_bytes // hardware.devices_per_node
+    return estimate.host_bytes // hardware.devices_per_node + _mapped_bytes(job, strategy, processes)
+
+
+def _mapped_bytes(job: Job, strategy: Strategy, processes: int) -> int:
+    """Of the weights' file, what a process has read."""
+    directory = job.model_directory if job.resume is None or job.adapter_directory else job.resume / MODEL
+    stored = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    sharded = isinstance(strategy, FSDP) or (
+        isinstance(strategy, DeepSpeed) and effective_deepspeed(strategy).stage == 3
+    )
+    return stored // processes if sharded else stored
 
 
 def _largest(job: Job, hidden: int, processes: int) -> tuple[int, int, int]:
