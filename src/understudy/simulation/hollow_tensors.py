@@ -35,12 +35,12 @@ class HollowTensors(TorchDispatchMode):
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def __enter__(self) -> HollowTensors:
-        self.fake.__enter__()  # type: ignore[no-untyped-call]
+        self.fake.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *failure: Any) -> None:
-        super().__exit__(*failure)
+        super().__exit__(*failure)  # type: ignore[no-untyped-call]
         self.fake.__exit__(*failure)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["Alive", "LiveTensors", "Moment"]
 
 _NO_END = 2**62
+_HELD_BY_CALLS = 4
+"""References to a tensor from the calls between autograd, which holds one, and an operator seen by a mode."""
 _NUMBER = re.compile(r"(?<=[ .])\d+(?=\.|$)")
 """Of a layer, in a module's name or a mark."""
 
@@ -144,6 +146,8 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local part comes by itself
+        if _sums_gradients(function, args):
+            return args[0].add_(args[1])
         out = function(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(out):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta":
@@ -180,6 +184,16 @@ class LiveTensors(TorchDispatchMode):
             life, _ = self._alive[key]
             self._end(key)
             self._begin(key, storage, life.operator, life.module)
+
+
+def _sums_gradients(function: Any, args: Any) -> bool:
+    """Whether autograd adds up two gradients of one tensor: into the first, if nobody else holds it, but under a
+    dispatch mode such as this one into a third."""
+    if function is not torch.ops.aten.add.Tensor or not _in_backward():
+        return False
+    first, second = args
+    same = isinstance(second, Tensor) and first.shape == second.shape and first.dtype == second.dtype
+    return same and first.numel() > 1 and first._use_count() <= _HELD_BY_CALLS
 
 
 def _in_backward() -> bool:
