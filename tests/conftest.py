@@ -11,7 +11,11 @@ BUILD = Path(__file__).resolve().parents[1] / "build"
 
 
 def pytest_configure() -> None:
-    """Tests have caches of their own, and would each compile DeepSpeed's operators again, a minute each."""
+    """One thread a process: two tests run at once, and threads of both on the same cores would wait for each other.
+
+    Tests have caches of their own, and would each compile DeepSpeed's operators again, a minute each.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     try:
         release = metadata.version("deepspeed")
     except metadata.PackageNotFoundError:
