@@ -197,13 +197,13 @@ def _batches(recipe: Path, model: Path, steps: int) -> Iterator[list[Example]]:
     from understudy.contracts import IGNORED
     from understudy.data.cache import TokenCache
     from understudy.devices.detect import detect_machine
-    from understudy.plan.resolve import resolve
     from understudy.recipe.load import load_recipe
+    from understudy.training.choosing import choose_as_usual
     from understudy.training.prepare import prepare_job
     from understudy.training.worker import training_data
 
     loaded, sources = load_recipe(recipe, ())
-    resolved, _ = resolve(loaded, detect_machine(), 1)
+    resolved = choose_as_usual(loaded, detect_machine(), 1).recipe
     job = prepare_job(resolved, sources, lambda line: None).job
     cache = TokenCache.open(job.train)
     width = json.loads((model / "config.json").read_text())["hidden_size"]
