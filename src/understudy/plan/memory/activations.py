@@ -135,8 +135,9 @@ def _treated(traced: Traced, checkpointing: Checkpointing, state: float) -> tupl
     again = Line(0.0, state if tape.keeps_input() else 0.0)
     if checkpointing == "full":
         return Line(0.0, state), tuple(line - again for line in backward)
-    cached, both = tape.kept_of_costly()
-    return cached + Line(0.0, state), tuple(line - both - again for line in backward)
+    # What was kept of a layer and its backward pass does not read is let go as the layer is computed again.
+    cached = tape.kept_of_costly()
+    return cached + Line(0.0, state), tuple(line - cached - again for line in backward)
 
 
 def _last_norm(network: Network, itemsize: int) -> Line:

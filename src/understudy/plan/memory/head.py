@@ -52,8 +52,10 @@ class Head:
         return work + weight + self._states(tokens, 2)
 
     def kept_bytes(self, tokens: int) -> int:
-        """Between the loss and the head's backward: gradients of the weight, in fp32, and of hidden states."""
-        return (self.vocabulary * self.hidden * FP32 if self.trained else 0) + self._states(tokens, 2)
+        """Between the loss and the head's backward: gradients of hidden states, and of the weight in fp32 where the one
+        that is handed over is another."""
+        wide = self.vocabulary * self.hidden * FP32 if self.trained and self.itemsize < FP32 else 0
+        return wide + self._states(tokens, 2)
 
     def _states(self, tokens: int, copies: int) -> int:
         return copies * tokens * self.hidden * self.itemsize if self.passes_on else 0

@@ -1,12 +1,12 @@
 """ZeRO stage 3: weights too are shared out, and put together module by module.
 
-As DeepSpeed 0.19 implements it (`runtime.zero.stage3`, `.partitioned_param_coordinator`): a module's weights stay whole
-where they are used again within `stage3_max_reuse_distance` elements, so at the turn from forward to backward the last
-half of so many elements are whole. Small parameters are whole at all times.
+As DeepSpeed 0.19 implements it (`runtime.zero.stage3`); `fetching` says which weights are whole when. Small parameters
+are whole at all times.
 """
 
 from __future__ import annotations
 
+from understudy.plan.memory.fetching import Fetched, follow
 from understudy.plan.memory.optimizer import moment_bytes, step_scratch
 from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
 from understudy.plan.network import Held
@@ -39,24 +39,25 @@ def zero3_costs(setting: Setting) -> Costs:
     host = 0 if parameters == "none" else computing
     # Master weights, moments, the partition of gradients, and the gradients that the step reads.
     host += 0 if optimizer == "none" else 3 * FP32 * mine + moments
-    turn, passing = _whole_at_the_turn(setting), _whole_in_passing(setting)
-    table, ahead = compute * network.head_numel, compute * min(_ahead(setting), _everything(setting))
+    fetched, table = _fetched(setting), compute * network.head_numel
+    turn, loss = compute * fetched.turn, compute * fetched.head
+    ahead = compute * min(setting.sizes["stage3_prefetch_bucket_size"], _everything(setting))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
     sent = min(bucket, FP32 * network.trained) * (2 if setting.gloo else 1)
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
     filled = min(1.0, bucket / FP32 / max(1, network.trained))
-    layers = [Instant(gathered=turn, gradients=gradients, communication=bucket)]
+    layers = [Instant(gathered=compute * fetched.from_share(0.0), gradients=gradients, communication=bucket)]
     if filled < 1.0:  # else the only bucket is sent when all layers are done
-        still = max(passing, int(turn * (1 - filled)))
+        still = compute * fetched.from_share(filled)
         layers.append(Instant(filled, gathered=still, gradients=gradients, communication=bucket + sent))
     return Costs(
         weights=on_device,
         moments=0 if optimizer != "none" else moments,
         # What was fetched ahead in one piece is cut up, and the piece kept until all of it is used.
         turn=Instant(gathered=turn + ahead, gradients=gradients, communication=bucket),
-        loss=Instant(gathered=turn, gradients=gradients, communication=bucket),
-        head=Instant(gathered=turn, gradients=gradients + head, communication=bucket + alone),
+        loss=Instant(gathered=loss, gradients=gradients, communication=bucket),
+        head=Instant(gathered=loss, gradients=gradients + head, communication=bucket + alone),
         layers=tuple(layers),
         embedding=Instant(1.0, gathered=table, gradients=gradients + embedding, communication=bucket),
         sending=Instant(1.0, gathered=table, gradients=gradients, communication=bucket + max(sent, alone)),
@@ -95,35 +96,26 @@ def _small_bytes(setting: Setting) -> int:
     )
 
 
-def _whole_at_the_turn(setting: Setting) -> int:
-    """Bytes of what is whole as the forward pass ends: modules from the end on, until those behind one and the way back
-    to it are as many elements as the reuse distance."""
-    compute, threshold = setting.precision.compute, _threshold(setting)
-    reach = setting.sizes["stage3_max_reuse_distance"] // 2
-    whole = _elements(
-        setting, next((one for one in setting.network.outside if one.role == "head"), setting.network.outside[0])
+def _fetched(setting: Setting) -> Fetched:
+    threshold, network = _threshold(setting), setting.network
+    layers = [
+        elements
+        for group in network.layers
+        for _ in range(group.count)
+        for held in group.held
+        if (elements := _elements(setting, held)) > threshold
+    ]
+    tables = {held.role: _elements(setting, held) for held in network.outside}
+    sizes = setting.sizes
+    return follow(
+        layers,
+        tables.get("head", tables["embedding"]),
+        tables["embedding"] if "head" in tables else None,
+        live=sizes["stage3_max_live_parameters"],
+        ahead=sizes["stage3_prefetch_bucket_size"],
+        reuse=sizes["stage3_max_reuse_distance"],
     )
-    for group in reversed(setting.network.layers):
-        large = [_elements(setting, held) for held in group.held if _elements(setting, held) > threshold]
-        for _ in range(group.count):
-            for elements in reversed(large):
-                if whole > reach:
-                    return compute * min(whole + _ahead(setting), _everything(setting))
-                whole += elements
-    return compute * min(whole + _ahead(setting), _everything(setting))
-
-
-def _ahead(setting: Setting) -> int:
-    """Elements fetched ahead."""
-    return setting.sizes["stage3_prefetch_bucket_size"]
 
 
 def _everything(setting: Setting) -> int:
     return sum(_elements(setting, held) * count for held, count in setting.network.parameters())
-
-
-def _whole_in_passing(setting: Setting) -> int:
-    """Bytes of one layer's largest module, and of what is fetched ahead, twice while it is put in order."""
-    compute = setting.precision.compute
-    largest = max(_elements(setting, held) for group in setting.network.layers for held in group.held)
-    return compute * min(largest + 2 * _ahead(setting), _everything(setting))

@@ -206,10 +206,9 @@ class Tape:
     def keeps_input(self) -> bool:
         return self._input in self._saved()
 
-    def kept_of_costly(self) -> tuple[Line, Line]:
-        """Outputs that selective checkpointing keeps: all, and those of them that the backward pass reads."""
-        storages = {out.storage for op in self.ops if op.costly for out in op.outputs}
-        return _total(storages), _total(storages & self._saved())
+    def kept_of_costly(self) -> Line:
+        """Outputs that selective checkpointing keeps."""
+        return _total({out.storage for op in self.ops if op.costly for out in op.outputs})
 
     def backward(self, output: Value) -> tuple[Line, ...]:
         """Bytes held at each operation of the backward pass, from all that is saved and the output's gradient on. What

@@ -1,0 +1,76 @@
+"""Which weights are whole at what time of a step under ZeRO-3: DeepSpeed's prefetching, followed module by module.
+
+As DeepSpeed 0.19 does it (`runtime.zero.partitioned_param_coordinator`) from the second step on, when it knows the
+order. Each module that is entered fetches ahead, up to a bucket at a time, until as many elements are whole as may
+live; what has been passed over on the way, whole already, is kept for that later use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Fetched", "follow"]
+
+_CALLS = 2
+"""Modules that are entered for each one with large weights: norms, activations and containers fetch ahead too."""
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Elements of large weights that are whole or on their way."""
+
+    turn: int
+    """In the forward pass of the last layer."""
+    head: int
+    """In the head."""
+    backward: tuple[int, ...]
+    """In the backward pass of each large weight of the layers, the last one first."""
+
+    def from_share(self, done: float) -> int:
+        """At most, once this share of the layers' backward pass is over."""
+        return max(self.backward[min(int(done * len(self.backward)), len(self.backward) - 1) :], default=self.head)
+
+
+def follow(layers: Sequence[int], head: int, embedding: int | None, *, live: int, ahead: int, reuse: int) -> Fetched:
+    """Of a step: `layers` are the elements of the decoder layers' large weights in order, `head` those of the output
+    layer, `embedding` those of a table of its own. `live`, `ahead` and `reuse` are DeepSpeed's
+    `stage3_max_live_parameters`, `stage3_prefetch_bucket_size` and `stage3_max_reuse_distance`."""
+    sizes = [head if embedding is None else embedding, *layers]
+    last = 0 if embedding is None else len(sizes)
+    if embedding is not None:
+        sizes.append(head)
+    forward = [*range(len(layers) + 1), last]
+    order = forward + forward[::-1]
+    whole: set[int] = set()
+    needed: dict[int, int] = {}
+    pointer, seen = 0, []
+    for step, number in enumerate(order):
+        whole.add(number)
+        pointer = max(pointer, step + 1)
+        for _ in range(_CALLS):
+            fetched, room = 0, min(ahead, live - sum(sizes[one] for one in whole))
+            while pointer < len(order) and fetched < room:
+                coming = order[pointer]
+                needed[coming] = pointer
+                if coming not in whole:
+                    whole.add(coming)
+                    fetched += sizes[coming]
+                pointer += 1
+        seen.append(sum(sizes[one] for one in whole))
+        if needed.get(number, -1) <= step and not _soon(order, sizes, step, reuse):
+            whole.discard(number)
+    middle = len(forward)
+    return Fetched(seen[middle - 2], seen[middle - 1], tuple(seen[middle + 1 : middle + 1 + len(layers)]))
+
+
+def _soon(order: Sequence[int], sizes: Sequence[int], step: int, reuse: int) -> bool:
+    """Whether what was used at `step` is used again within `reuse` elements."""
+    passed = 0
+    for number in order[step + 1 :]:
+        if passed >= reuse:
+            return False
+        if number == order[step]:
+            return True
+        passed += sizes[number]
+    return False
