@@ -27,7 +27,8 @@ def replicated_costs(setting: Setting) -> Costs:
     there = everything * (in_buckets + setting.accumulates)
     head, embedding = setting.head_gradient, setting.embedding_gradient
     made = compute + weights if casts else compute
-    head_made = weights * head if not there else 0
+    # The gradient of a tied table waits for its other part, apart from the sums that are there.
+    waits = weights * head if setting.network.shape.sizes.tied or not there else 0
     below = weights * (trained - setting.outside_numel + (0 if setting.network.shape.sizes.tied else head))
     stage_0 = not isinstance(setting.strategy, DDP) and setting.processes > 1
     sent = FP32 * min(trained, _BUCKET) if stage_0 else 0
@@ -36,9 +37,9 @@ def replicated_costs(setting: Setting) -> Costs:
         weights=setting.replicated_weights,
         moments=moment_bytes(setting, _all, weights),
         loss=Instant(gathered=compute * setting.network.head_numel if casts and head else 0, gradients=there),
-        head=Instant(gradients=max(there, head_made) + made * head),
-        layers=(Instant(gradients=max(there, head_made)), Instant(1.0, gradients=max(there, below))),
-        embedding=replace(whole, gradients=whole.gradients + made * embedding),
+        head=Instant(gradients=there + compute * head),
+        layers=(Instant(gradients=there + waits), Instant(1.0, gradients=max(there, below) + waits)),
+        embedding=replace(whole, gradients=max(there + waits, everything) + made * embedding),
         step=replace(whole, communication=max(sent, step_scratch(setting, _all))),
         casts=casts,
         made=made,

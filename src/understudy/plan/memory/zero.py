@@ -76,10 +76,12 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     there = gradients if setting.accumulates else 0
     sent = compute * bucket + (0 if wide else FP32 * bucket)
     filled = min(1.0, max(0, bucket - setting.head_gradient) / max(1, trained - setting.outside_numel))
-    layers = [Instant(gradients=there, communication=compute * bucket)]
-    if bucket < trained:  # else the only one is sent when all layers are done
-        layers.append(Instant(filled, gradients=gradients, communication=compute * bucket + sent))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
+    # The gradient of a tied table waits for its other part.
+    waits = head if network.shape.sizes.tied else 0
+    layers = [Instant(gradients=there + waits, communication=compute * bucket)]
+    if bucket < trained:  # else the only one is sent when all layers are done
+        layers.append(Instant(filled, gradients=gradients + waits, communication=compute * bucket + sent))
     # What is larger than a bucket is sent alone, from where it is.
     head_alone, embedding_alone = (
         FP32 * numel if numel > bucket and not wide else 0

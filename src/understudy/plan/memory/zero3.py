@@ -47,10 +47,11 @@ def zero3_costs(setting: Setting) -> Costs:
     sent = min(bucket, FP32 * network.trained) * (2 if setting.gloo else 1)
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
     filled = min(1.0, bucket / FP32 / max(1, network.trained))
-    layers = [Instant(gathered=compute * fetched.from_share(0.0), gradients=gradients, communication=bucket)]
+    waits = head if network.shape.sizes.tied else 0
+    layers = [Instant(gathered=compute * fetched.from_share(0.0), gradients=gradients + waits, communication=bucket)]
     if filled < 1.0:  # else the only bucket is sent when all layers are done
         still = compute * fetched.from_share(filled)
-        layers.append(Instant(filled, gathered=still, gradients=gradients, communication=bucket + sent))
+        layers.append(Instant(filled, gathered=still, gradients=gradients + waits, communication=bucket + sent))
     return Costs(
         weights=on_device,
         moments=0 if optimizer != "none" else moments,
