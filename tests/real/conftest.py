@@ -27,21 +27,21 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def small_run(smollm2: Path) -> list[str]:
-    """Overrides that make the shipped recipe a run of a minute on a processor: short examples, few of them, few steps.
+    """Overrides that make the shipped recipe a run of seconds on a processor: short examples, few of them, few steps.
 
-    The same 20 examples or so are evaluated each time.
+    The same 8 examples or so are evaluated each time.
     """
     if not ALPACA.is_file():
         pytest.skip(f"{ALPACA} is not here")
     return [
         f"model.path={smollm2}",
         f"data.train.0.path={ALPACA}",
-        "data.train.0.max_samples=100",
-        "data.eval_fraction=0.2",
-        "data.max_length=96",
+        "data.train.0.max_samples=80",
+        "data.eval_fraction=0.1",
+        "data.max_length=64",
         "data.num_workers=1",
-        "optimizer.learning_rate=1.0e-4",
-        "training.max_steps=8",
+        "optimizer.learning_rate=1.5e-4",
+        "training.max_steps=3",
         "training.global_batch_size=8",
         "evaluation.samples=0",
         "cluster.processes=2",

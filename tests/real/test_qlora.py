@@ -34,8 +34,8 @@ def overrides(small_run: list[str]) -> list[str]:
         *small_run,
         "adapter=lora",
         "quantization={bits: 4, type: nf4, double: true}",
-        "optimizer.learning_rate=1.0e-3",
-        "training.max_steps=5",
+        "optimizer.learning_rate=2.0e-3",
+        "training.max_steps=3",
     ]
 
 
