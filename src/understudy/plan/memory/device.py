@@ -33,7 +33,7 @@ in steady state, with blocks rounded to 2 MiB."""
 @dataclass(frozen=True)
 class DevicePeak:
     moment: str
-    """turn, loss, head, layers, embedding, sending, step or teacher: when the peak is."""
+    """entry, turn, loss, head, layers, embedding, sending, step or teacher: when the peak is."""
     breakdown: dict[str, int]
     """Bytes of each of `COMPONENTS` then."""
 
@@ -61,6 +61,8 @@ def device_peak(
         ("embedding", costs.embedding, int(activations.per_layer * kept) + batch, 0, said),
         ("step", costs.step, 0, 0, 0),
     ]
+    if costs.entry is not None:
+        moments.append(("entry", costs.entry, batch, 0, said))
     if costs.turn is not None:
         moments.append(("turn", costs.turn, everything, 0, said))
     if costs.sending is not None:

@@ -27,21 +27,36 @@ class Fetched:
     backward: tuple[int, ...]
     """In the backward pass of each large weight of the layers, the last one first."""
 
-    def from_share(self, done: float) -> int:
-        """At most, once this share of the layers' backward pass is over."""
-        return max(self.backward[min(int(done * len(self.backward)), len(self.backward) - 1) :], default=self.head)
+    def rises(self, done: float = 0.0) -> list[tuple[float, int]]:
+        """Shares of the layers' backward pass, from `done` on, at which more is whole than at any since, and how much:
+        between them activations fall and this does not rise."""
+        found: list[tuple[float, int]] = []
+        first = int(done * len(self.backward))
+        for number, elements in enumerate(self.backward[first:], first):
+            if not found or elements > found[-1][1]:
+                found.append((number / len(self.backward), elements))
+        return found or [(done, self.head)]
 
 
-def follow(layers: Sequence[int], head: int, embedding: int | None, *, live: int, ahead: int, reuse: int) -> Fetched:
-    """Of a step: `layers` are the elements of the decoder layers' large weights in order, `head` those of the output
-    layer, `embedding` those of a table of its own. `live`, `ahead` and `reuse` are DeepSpeed's
-    `stage3_max_live_parameters`, `stage3_prefetch_bucket_size` and `stage3_max_reuse_distance`."""
-    sizes = [head if embedding is None else embedding, *layers]
+def follow(
+    frozen: Sequence[int],
+    layers: Sequence[int],
+    head: int,
+    embedding: int | None,
+    *,
+    live: int,
+    ahead: int,
+    reuse: int,
+) -> Fetched:
+    """Of a step: `frozen` and `layers` are the elements of the decoder layers' large weights in order, first those that
+    no gradient reaches; `head` is the output layer's, `embedding` that of a table of its own. `live`, `ahead` and
+    `reuse` are DeepSpeed's `stage3_max_live_parameters`, `stage3_prefetch_bucket_size`, `stage3_max_reuse_distance`."""
+    sizes = [head if embedding is None else embedding, *frozen, *layers]
     last = 0 if embedding is None else len(sizes)
     if embedding is not None:
         sizes.append(head)
-    forward = [*range(len(layers) + 1), last]
-    order = forward + forward[::-1]
+    forward = [*range(len(frozen) + len(layers) + 1), last]
+    order = forward + forward[:0:-1][: 1 + len(layers)] + ([] if frozen else [0])
     whole: set[int] = set()
     needed: dict[int, int] = {}
     pointer, seen = 0, []

@@ -135,6 +135,8 @@ class Costs:
     """As the embedding's gradient is made, and what is left is sent."""
     step: Instant
     """As the optimizer steps."""
+    entry: Instant | None = None
+    """As the first layer begins, where more is there then than what computes."""
     turn: Instant | None = None
     """As the forward pass ends, before the head, where that is another moment."""
     sending: Instant | None = None

@@ -48,10 +48,15 @@ def zero3_costs(setting: Setting) -> Costs:
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
     filled = min(1.0, bucket / FP32 / max(1, network.trained))
     waits = head if network.shape.sizes.tied else 0
-    layers = [Instant(gathered=compute * fetched.from_share(0.0), gradients=gradients + waits, communication=bucket)]
+    layers = [
+        Instant(done, gathered=compute * whole, gradients=gradients + waits, communication=bucket)
+        for done, whole in fetched.rises()
+    ]
     if filled < 1.0:  # else the only bucket is sent when all layers are done
-        still = compute * fetched.from_share(filled)
-        layers.append(Instant(filled, gathered=still, gradients=gradients + waits, communication=bucket + sent))
+        layers += [
+            Instant(done, gathered=compute * whole, gradients=gradients + waits, communication=bucket + sent)
+            for done, whole in fetched.rises(filled)
+        ]
     return Costs(
         weights=on_device,
         moments=0 if optimizer != "none" else moments,
@@ -99,16 +104,15 @@ def _small_bytes(setting: Setting) -> int:
 
 def _fetched(setting: Setting) -> Fetched:
     threshold, network = _threshold(setting), setting.network
-    layers = [
-        elements
-        for group in network.layers
-        for _ in range(group.count)
-        for held in group.held
-        if (elements := _elements(setting, held)) > threshold
-    ]
+    frozen, layers = list[int](), list[int]()
+    for group in network.layers:
+        reached = layers if group.input_grad or group.trains else frozen
+        large = [elements for held in group.held if (elements := _elements(setting, held)) > threshold]
+        reached += large * group.count
     tables = {held.role: _elements(setting, held) for held in network.outside}
     sizes = setting.sizes
     return follow(
+        frozen,
         layers,
         tables.get("head", tables["embedding"]),
         tables["embedding"] if "head" in tables else None,
