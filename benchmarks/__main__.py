@@ -10,13 +10,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import adapters, checkpoints, distillation, head, startup, teacher_cache, tokenizing, training
+from benchmarks import (
+    adapters,
+    checkpoints,
+    distillation,
+    head,
+    planner,
+    startup,
+    teacher_cache,
+    tokenizing,
+    training,
+)
 from benchmarks.process import ROOT
 from benchmarks.side_by_side import Extent
 from benchmarks.smollm2 import require_model
 
 DATA_FILES = ("alpaca_en_demo.json", "c4_demo.jsonl")
-NAMES = ("startup", "tokenizing", "head", "distillation", "teacher-cache", "training", "adapters", "checkpoints")
+NAMES = (
+    "startup",
+    "planner",
+    "tokenizing",
+    "head",
+    "distillation",
+    "teacher-cache",
+    "training",
+    "adapters",
+    "checkpoints",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--steps", type=int, default=Extent.steps, help="of training or of a loss, in each process; at least 2"
     )
     parser.add_argument("--rounds", type=int, default=Extent.rounds, help="of training: processes on either side")
+    parser.add_argument("--settings", type=int, default=220, help="of the planner, each of them simulated")
     arguments = parser.parse_args(argv)
     names = arguments.names or NAMES
     if arguments.steps < 2 or arguments.rounds < 1:
@@ -47,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_model(arguments.model)
     if "startup" in names:
         startup.compare()
+    if "planner" in names:
+        planner.compare_all(arguments.settings)
     if "tokenizing" in names:
         tokenizing.compare(arguments.model, arguments.data)
     if "head" in names:

@@ -103,7 +103,9 @@ class Compared:
         return self.planned / self.exact
 
 
-def points(count: int, seed: int = 0) -> Iterator[Point]:
+def points(
+    count: int, seed: int = 0, *, processes: tuple[int, ...] = PROCESSES, tokens: tuple[int, ...] = TOKENS
+) -> Iterator[Point]:
     """`count` settings, no two alike: each strategy as often as any other, all else drawn."""
     drawn, seen = random.Random(seed), set[Point]()
     for strategy in itertools.cycle(STRATEGY_PRESETS):
@@ -116,8 +118,8 @@ def points(count: int, seed: int = 0) -> Iterator[Point]:
             drawn.choice(ADAPTERS),
             drawn.choice(CHECKPOINTING),
             hardware,
-            drawn.choice(PROCESSES),
-            drawn.choice(TOKENS),
+            drawn.choice(processes),
+            drawn.choice(tokens),
             # What is offloaded and what is not peak at one time only if there are gradients throughout.
             4 if strategy.endswith("offload") else drawn.choice((1, 4)),
             drawn.choice(PRECISIONS),
@@ -201,7 +203,3 @@ def _line(name: str, found: list[Compared]) -> str:
     under = sum(ratio < 0.97 for ratio in ratios)
     spread = f"{min(ratios):>8.3f}{statistics.median(ratios):>8.3f}{max(ratios):>8.3f}"
     return f"{name:<14}{len(ratios):>9}{spread}{near:>12.0%}{under:>12}"
-
-
-if __name__ == "__main__":
-    compare_all(int(sys.argv[1]) if len(sys.argv) > 1 else 220)
