@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from tests.distributed.forked import run_script, start_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 280
@@ -32,19 +33,18 @@ def run_processes(
     }
     started = []
     for rank in range(world_size):
-        log = (scratch / f"rank-{rank}.log").open("w")
-        process = subprocess.Popen(
-            [sys.executable, str(script), str(scratch / f"rank-{rank}.json"), json.dumps(arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        started.append(process)
+        arguments_of_rank = [str(scratch / f"rank-{rank}.json"), json.dumps(arguments)]
+        variables = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        started.append(start_forked(run_script, script, arguments_of_rank, variables, scratch / f"rank-{rank}.log"))
     try:
-        statuses = [process.wait(timeout=timeout_seconds) for process in started]
+        deadline = time.monotonic() + timeout_seconds
+        for process in started:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in started]
     finally:
         for process in started:
             process.kill()
+            process.join()
     if any(statuses):
         tails = [f"rank {rank}:\n{(scratch / f'rank-{rank}.log').read_text()[-3000:]}" for rank in range(world_size)]
         raise AssertionError(f"exit statuses {statuses}\n" + "\n".join(tails))

@@ -14,6 +14,8 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.distributed.forked import run_command
+
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} <end> {% endfor %}"
@@ -81,6 +83,11 @@ def write(recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def run(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(arguments, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+
+
+def understudy(arguments: list[str], tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """As `understudy …`, in forked processes."""
+    return run_command(arguments, environment(tmp_path))
 
 
 def rows(tmp_path: Path) -> list[dict[str, Any]]:

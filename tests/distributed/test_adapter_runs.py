@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.distributed.small_run import read_rows, run, small_recipe, write
+from tests.distributed.small_run import read_rows, small_recipe, understudy, write
 
 pytestmark = pytest.mark.distributed
 
-COMMAND = [sys.executable, "-m", "understudy"]
 LORA = {"kind": "lora", "rank": 4}
 
 
@@ -45,7 +43,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 )
 def test_what_is_saved_is_proved_with_peft(tmp_path: Path, recipe: dict[str, Any], changes: dict[str, Any]) -> None:
     recipe["training"]["precision"] = changes.pop("precision", "fp32")
-    done = run([*COMMAND, "train", str(write({**recipe, **changes}, tmp_path)), "cluster.processes=1"], tmp_path)
+    done = understudy(["train", str(write({**recipe, **changes}, tmp_path)), "cluster.processes=1"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert "logits differ from the trained model's by at most" in done.stdout
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -53,17 +51,17 @@ def test_what_is_saved_is_proved_with_peft(tmp_path: Path, recipe: dict[str, Any
 
 
 def test_an_adapter_goes_on_as_it_was_and_as_nothing_else(tmp_path: Path, recipe: dict[str, Any]) -> None:
-    train = [*COMMAND, "train", str(write({**recipe, "adapter": LORA}, tmp_path)), "cluster.processes=1"]
-    whole = run([*train, f"output_dir={tmp_path / 'whole'}", "training.max_steps=4"], tmp_path)
+    train = ["train", str(write({**recipe, "adapter": LORA}, tmp_path)), "cluster.processes=1"]
+    whole = understudy([*train, f"output_dir={tmp_path / 'whole'}", "training.max_steps=4"], tmp_path)
     assert whole.returncode == 0, whole.stderr
-    assert run(train, tmp_path).returncode == 0
+    assert understudy(train, tmp_path).returncode == 0
     goes_on = ["training.max_steps=4", f"checkpoint.resume={tmp_path / 'run'}", f"output_dir={tmp_path / 'further'}"]
     for other in ("adapter.alpha=64", "adapter=null"):
-        refused = run([*train, *goes_on, other], tmp_path)
+        refused = understudy([*train, *goes_on, other], tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
         assert "does not fit this recipe" in refused.stderr
         assert not (tmp_path / "further").exists()
-    further = run([*train, *goes_on, "strategy=fsdp"], tmp_path)
+    further = understudy([*train, *goes_on, "strategy=fsdp"], tmp_path)
     assert further.returncode == 0, further.stderr
     losses = [row["loss"] for row in read_rows(tmp_path / "whole") if "loss" in row]
     assert [row["loss"] for row in read_rows(tmp_path / "further") if "loss" in row] == pytest.approx(

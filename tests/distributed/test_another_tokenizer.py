@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from tests import two_tokenizers
-from tests.distributed.small_run import read_rows, run, write
+from tests.distributed.small_run import read_rows, understudy, write
 from tests.divergence_formulas import universal_distance
 
 pytestmark = pytest.mark.distributed
 
-TRAIN = [sys.executable, "-m", "understudy", "train"]
 TEMPERATURE, WEIGHT = 2.0, 0.25
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}<end>{% endfor %}"
@@ -126,7 +124,7 @@ def test_strategies_and_kinds_of_teachers_agree_with_one_process(tmp_path: Path,
     for strategy, kind, processes in (("ddp", "resident", 1), ("fsdp", "sharded", 2)):
         recipe["objective"]["teacher"]["kind"] = kind
         recipe |= {"strategy": strategy, "output_dir": str(tmp_path / strategy), "cluster": {"processes": processes}}
-        done = run([*TRAIN, str(write(recipe, tmp_path))], tmp_path)
+        done = understudy(["train", str(write(recipe, tmp_path))], tmp_path)
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
         seen[strategy] = [row["loss"] for row in read_rows(tmp_path / strategy) if "loss" in row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,7 +22,7 @@ def test_the_lowest_evaluation_loss_is_kept_beside_the_newest(tmp_path: Path) ->
     recipe["cluster"]["processes"] = 1
     file = small_run.write(recipe, tmp_path)
 
-    done = small_run.run([sys.executable, "-m", "understudy", "train", str(file)], tmp_path)
+    done = small_run.understudy(["train", str(file)], tmp_path)
 
     assert done.returncode == 0, done.stderr
     losses = {row["step"]: row["eval_loss"] for row in small_run.rows(tmp_path) if "eval_loss" in row}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from understudy.models.weights import WeightReader
 
 WORKER = Path(__file__).with_name("deepspeed_directory_worker.py")
 STEPS = 3
-UNDERSTUDY = [sys.executable, "-m", "understudy"]
 
 
 @pytest.mark.distributed
@@ -43,7 +41,7 @@ def test_weights_and_moments_are_deepspeeds_and_training_goes_on_under_fsdp(tmp_
     recipe["strategy"] = "fsdp"
     file = small_run.write(recipe, tmp_path)
 
-    done = small_run.run([*UNDERSTUDY, "import", str(saved), str(file), "-o", str(imported)], tmp_path)
+    done = small_run.understudy(["import", str(saved), str(file), "-o", str(imported)], tmp_path)
 
     assert done.returncode == 0, done.stderr
     checkpoint = imported / f"step-{STEPS:08}"
@@ -56,14 +54,14 @@ def test_weights_and_moments_are_deepspeeds_and_training_goes_on_under_fsdp(tmp_
         assert torch.equal(moments[name]["exp_avg_sq"][()], true[f"{name}.exp_avg_sq"])
         assert moments[name]["step"][()] == STEPS
 
-    done = small_run.run([*UNDERSTUDY, "train", str(file), f"checkpoint.resume={imported}"], tmp_path)
+    done = small_run.understudy(["train", str(file), f"checkpoint.resume={imported}"], tmp_path)
 
     assert done.returncode == 0, done.stderr
     assert "was imported: training goes on with the examples of step 4" in done.stdout
     steps = [row["step"] for row in small_run.rows(tmp_path) if "loss" in row]
     assert steps == [4, 5, 6, 7]
 
-    done = small_run.run([*UNDERSTUDY, "import", str(saved), str(file), "-o", str(imported)], tmp_path)
+    done = small_run.understudy(["import", str(saved), str(file), "-o", str(imported)], tmp_path)
     assert done.returncode == 2
     assert "nothing is overwritten" in done.stderr
     assert json.loads((checkpoint / "state.json").read_text())["written_by"]["imported_from"].endswith("global_step3")

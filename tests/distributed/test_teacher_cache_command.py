@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.distributed.small_run import read_rows, run, small_recipe, write, write_tokenizer
+from tests.distributed.small_run import read_rows, small_recipe, understudy, write, write_tokenizer
 
 pytestmark = pytest.mark.distributed
-
-UNDERSTUDY = [sys.executable, "-m", "understudy"]
 
 
 @pytest.fixture
@@ -44,7 +41,7 @@ def with_several(recipe: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 def losses(tmp_path: Path, recipe: dict[str, Any], name: str) -> list[float]:
     file = write({**recipe, "output_dir": str(tmp_path / name)}, tmp_path)
-    done = run([*UNDERSTUDY, "train", str(file)], tmp_path)
+    done = understudy(["train", str(file)], tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / name)
     for row in rows:
@@ -61,22 +58,22 @@ def test_a_cache_teaches_as_its_teacher_does_alone_and_beside_it(tmp_path: Path,
         if targets == "hidden":
             cached = with_several(cached, tmp_path)
         file = str(write(cached, tmp_path))
-        refused = run([*UNDERSTUDY, "train", file], tmp_path)
+        refused = understudy(["train", file], tmp_path)
         assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
         assert "understudy teacher cache" in refused.stderr
-        built = run([*UNDERSTUDY, "teacher", "cache", file], tmp_path)
+        built = understudy(["teacher", "cache", file], tmp_path)
         assert built.returncode == 0, built.stderr
         assert "bytes a token" in built.stdout
         assert ("the student's divergence as training begins" in built.stdout) == (targets == "top_k")
         assert losses(tmp_path, {**cached, "strategy": "zero2"}, targets) == pytest.approx(expected, rel=tolerance)
-    again = run([*UNDERSTUDY, "teacher", "cache", file], tmp_path)
+    again = understudy(["teacher", "cache", file], tmp_path)
     assert "nothing to do" in again.stdout
 
 
 def test_a_teacher_that_reads_otherwise_is_refused(tmp_path: Path, recipe: dict[str, Any]) -> None:
     file = tmp_path / "teacher" / "tokenizer.json"
     file.write_text(file.read_text().replace('"seven"', '"eleven"'))
-    refused = run([*UNDERSTUDY, "train", str(write(distilled(recipe, tmp_path, kind="resident"), tmp_path))], tmp_path)
+    refused = understudy(["train", str(write(distilled(recipe, tmp_path, kind="resident"), tmp_path))], tmp_path)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
     assert (
         "has another tokenizer than the student: token 12 is 'eleven' to it and 'seven' to the student"

@@ -1,0 +1,170 @@
+"""Python processes forked from one that has imported all they need: without the seconds that this takes each of them.
+
+What starting by itself comes to, and what is killed, is for tests that start commands as users do.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+
+from understudy.cli.main import exit_status
+from understudy.launch import processes
+from understudy.launch.signals import SIGNALS
+from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE
+
+PRELOADED = [
+    "understudy.training.start",
+    "understudy.training.teacher_answers",
+    "understudy.training.worker",
+    "understudy.data.prepare",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "torch.utils.tensorboard",
+    "tests.distributed.scenario",
+]
+STDOUT, STDERR = 1, 2
+
+
+def start_forked(target: Any, *arguments: Any) -> BaseProcess:
+    """Calls `target` in a process of its own, which is waited for by this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=target, args=arguments)
+    process.start()
+    return process
+
+
+def run_script(script: Path, arguments: Sequence[str], variables: dict[str, str], log: Path) -> None:
+    """As `python script …`."""
+    take_over(variables, log, log)
+    sys.argv = [str(script), *arguments]
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def run_command(
+    arguments: Sequence[str], variables: Mapping[str, str], timeout_seconds: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """As `understudy …`, with these environment variables alone. Its workers are forked too."""
+    with tempfile.TemporaryDirectory(prefix="forked-") as scratch:
+        output, errors = Path(scratch) / "output", Path(scratch) / "errors"
+        process = start_forked(_command, list(arguments), dict(variables), output, errors)
+        process.join(timeout_seconds)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout_seconds, output.read_bytes(), errors.read_bytes())
+        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
+
+
+def take_over(variables: Mapping[str, str], output: Path, errors: Path) -> None:
+    """Has this process lead a session, with this environment, and write to these files."""
+    os.setsid()
+    for path, descriptor in ((output, STDOUT), (errors, STDERR)):
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), descriptor)
+    os.environ.clear()
+    os.environ.update(variables)
+    tempfile.tempdir = None  # it is remembered from when modules were loaded
+
+
+def _command(arguments: list[str], variables: dict[str, str], output: Path, errors: Path) -> None:
+    take_over(variables, output, errors)
+    with Workers() as workers:
+        named = {"Popen": workers.start, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+        processes.subprocess = SimpleNamespace(**named)  # type: ignore[attr-defined]
+        status = exit_status(arguments)
+    sys.exit(status)
+
+
+class Workers:
+    """What forks a command's workers: a process that was forked before the command had done anything."""
+
+    def __init__(self) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._connection, theirs = fork.Pipe()
+        self._process = fork.Process(target=_fork_workers, args=(theirs, self._connection))
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+        self._process.join()
+
+    def start(self, arguments: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: Any) -> Worker:
+        return Worker(self, self.ask("start", list(arguments), dict(env), stdout.name))
+
+    def ask(self, *request: Any) -> Any:
+        self._connection.send(request)
+        return self._connection.recv()
+
+
+class Worker:
+    """What the launcher needs of `subprocess.Popen`."""
+
+    def __init__(self, workers: Workers, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+        self._workers = workers
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._workers.ask("poll", self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        while (status := self.poll()) is None:
+            time.sleep(0.01)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+
+def _fork_workers(connection: Connection, theirs: Connection) -> None:
+    """Starts workers and tells how they ended, as it is asked, until the command has gone."""
+    theirs.close()
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # as the launcher does while it starts one
+    fork = multiprocessing.get_context("fork")
+    started: dict[int, BaseProcess] = {}
+    while True:
+        try:
+            request, *details = connection.recv()
+        except EOFError:
+            os._exit(0)
+        if request == "start":
+            process = fork.Process(target=_work, args=details)
+            process.start()
+            assert process.pid is not None
+            started[process.pid] = process
+            connection.send(process.pid)
+        else:
+            connection.send(started[details[0]].exitcode)
+
+
+def _work(arguments: list[str], variables: dict[str, str], log: str) -> None:
+    console = os.dup(STDOUT)
+    take_over(variables | {LAUNCHER_VARIABLE: str(os.getppid())}, Path(log), Path(log))
+    if CONSOLE_VARIABLE in variables:
+        os.environ[CONSOLE_VARIABLE] = str(console)
+    _, option, module, *others = arguments
+    assert option == "-m"
+    sys.argv = [module, *others]
+    runpy.run_module(module, run_name="__main__", alter_sys=False)
