@@ -97,7 +97,7 @@ def test_a_run_survives_its_teachers_server_and_learns_the_same(tmp_path: Path, 
     resident = {"kind": "distillation", "teacher": {"kind": "resident", "path": str(directory)}}
     alone = tmp_path / "alone"
     here = {**recipe, "objective": resident, "output_dir": str(alone), "cluster": {"processes": 1}}
-    done = small_run.run([*TRAIN, str(small_run.write(here, tmp_path))], tmp_path)
+    done = small_run.understudy(["train", str(small_run.write(here, tmp_path))], tmp_path)
     assert done.returncode == 0, done.stderr
 
     # A server that hangs: the run waits, and stops when it is asked to.
@@ -131,7 +131,7 @@ def test_a_run_survives_its_teachers_server_and_learns_the_same(tmp_path: Path, 
     troubled = {1 + 4 * i: trouble for i, trouble in enumerate(troubles)}
     with TeacherServer(network, port=port, fault=troubled.get) as server:
         more = ["objective.teacher.retries=10", "strategy=zero3"]
-        done = small_run.run([*TRAIN, str(file), *more], tmp_path)
+        done = small_run.understudy(["train", str(file), *more], tmp_path)
         assert server.number() > 1 + 4 * EXAMPLES + len(troubles)
     assert done.returncode == 0, done.stderr
     assert f"teacher: {address} answers again" in done.stdout

@@ -56,7 +56,7 @@ def course(rows: list[dict[str, Any]]) -> list[tuple[float, float, float]]:
 def test_a_stopped_run_goes_on_to_the_bit_and_under_another_strategy_within_rounding(tmp_path: Path) -> None:
     file = small_run.write(recipe(tmp_path), tmp_path)
     alone = tmp_path / "alone"
-    done = small_run.run([*TRAIN, str(file), f"output_dir={alone}"], tmp_path)
+    done = small_run.understudy(["train", str(file), f"output_dir={alone}"], tmp_path)
     assert done.returncode == 0, done.stderr
 
     done = stopped([*TRAIN, str(file)], tmp_path, signal.SIGTERM)
@@ -68,15 +68,15 @@ def test_a_stopped_run_goes_on_to_the_bit_and_under_another_strategy_within_roun
         f"stopped by SIGTERM after step {step}; its checkpoint is {saved}. Run the same command again to go on.\n"
     )
 
-    done = small_run.run([*TRAIN, str(file), f"output_dir={tmp_path}/other", "strategy=zero3", "cluster.processes=1",
-                          f"checkpoint.resume={saved}"], tmp_path)  # fmt: skip
+    elsewhere = [f"output_dir={tmp_path}/other", "strategy=zero3", "cluster.processes=1"]
+    done = small_run.understudy(["train", str(file), *elsewhere, f"checkpoint.resume={saved}"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from {saved} (step {step})" in done.stdout
 
     done = stopped([*TRAIN, str(file)], tmp_path, signal.SIGUSR1)
     assert done.returncode in (0, 75), done.stderr
     if done.returncode == 75:
-        done = small_run.run([*TRAIN, str(file)], tmp_path)
+        done = small_run.understudy(["train", str(file)], tmp_path)
         assert done.returncode == 0, done.stderr
 
     expected = course(small_run.read_rows(alone))
@@ -92,6 +92,6 @@ def test_a_stopped_run_goes_on_to_the_bit_and_under_another_strategy_within_roun
             assert row[1] == pytest.approx(loss, rel=1e-5)
         assert row[2] == learning_rate
 
-    done = small_run.run([*TRAIN, str(file)], tmp_path)
+    done = small_run.understudy(["train", str(file)], tmp_path)
     assert done.returncode == 2
     assert "holds a finished run" in done.stderr
