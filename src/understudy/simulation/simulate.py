@@ -23,13 +23,11 @@ from understudy.simulation.group import answer_reducer, simulated_group
 from understudy.simulation.hollow_optimizer import hollow_host_optimizer
 from understudy.simulation.hollow_tensors import HollowTensors, hollow_parameters
 from understudy.simulation.live_tensors import Alive, LiveTensors, Moment
-from understudy.simulation.subject import SimulatedDevice, make_student, make_teaching
+from understudy.simulation.subject import HOST, SimulatedDevice, make_student, make_teachers, make_teaching
 from understudy.strategies.base import ModuleStrategy
 from understudy.strategies.registry import make_strategy
 
 __all__ = ["Simulation", "flat_batch", "live_step", "simulate"]
-
-HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -68,16 +66,18 @@ def simulate(
     with simulated_group(processes) as world, _placed_already(), hollow_host_optimizer(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages, about arguments and tensors that are not what they seem
         model = make_student(recipe, shape, device)
+        teaching_models = make_teachers(recipe, teachers, device)
         batch = flat_batch(tokens, longest)
         with HollowTensors() as hollow, LiveTensors() as live:
             live.mark("build")
-            hollow_parameters(model, hollow.fake)
+            for made in (model, *filter(None, teaching_models)):
+                hollow_parameters(made, hollow.fake)
             strategy = make_strategy(recipe, HOST, world)
             strategy.build(
                 lambda: model, lambda named: make_optimizer(recipe.optimizer, named, fused=device.fused_adamw)
             )
             answer_reducer(cast(ModuleStrategy, strategy).module)
-            teaching = make_teaching(recipe, teachers, model, strategy, device, world)
+            teaching = make_teaching(recipe, teaching_models, model, strategy, world)
             objective = make_objective(recipe.objective, teaching)
             step = partial(live_step, strategy, model, live, objective)
             step([batch], max_grad_norm=recipe.training.max_grad_norm)

@@ -24,6 +24,7 @@ from understudy.models.adapters.registry import make_config as make_adapter_conf
 from understudy.models.adapters.switching import without_adapter
 from understudy.models.build import make_language_model
 from understudy.models.language_model import LanguageModel
+from understudy.models.names import canonical_name
 from understudy.models.quantization.linear import replace_linears
 from understudy.models.quantization.materialize import quantized_section
 from understudy.models.quantization.scheme import scheme_of
@@ -41,7 +42,9 @@ from understudy.strategies.precision import precision_of
 from understudy.strategies.teaching import hold, hold_sharded
 from understudy.training.teacher_model import teacher_dtype
 
-__all__ = ["SimulatedDevice", "make_student", "make_teaching"]
+__all__ = ["HOST", "SimulatedDevice", "make_student", "make_teachers", "make_teaching"]
+
+HOST = torch.device("cpu")
 
 
 class _Kernel(VariableLengthAttention):
@@ -67,7 +70,7 @@ class _Hollow:
     dtype: torch.dtype
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device="cpu")[index]
+        return torch.empty(self.shape, dtype=self.dtype, device=HOST)[index]
 
 
 def make_student(recipe: Recipe, shape: ModelShape, device: SimulatedDevice) -> LanguageModel:
@@ -90,45 +93,26 @@ def make_student(recipe: Recipe, shape: ModelShape, device: SimulatedDevice) -> 
     return model
 
 
-def make_teaching(
-    recipe: Recipe,
-    shapes: Sequence[ModelShape | None],
-    student: LanguageModel,
-    strategy: Strategy,
-    device: SimulatedDevice,
-    world: World,
-) -> Teaching | None:
-    """Who teaches; None for an objective without a teacher. Raises `UserError` for one not in these processes."""
+def make_teachers(
+    recipe: Recipe, shapes: Sequence[ModelShape | None], device: SimulatedDevice
+) -> list[LanguageModel | None]:
+    """The recipe's teachers on the meta device, None for the student's own base. Raises `UserError` for those that are
+    not in these processes."""
     objective = recipe.objective
     if not isinstance(objective, Distillation):
-        return None
+        return []
     if objective.hidden_states or objective.divergence == "uld" or objective.on_policy_fraction:
         raise UserError(
             "the exact tier simulates no matched hidden states, no teacher with another tokenizer and no answers of "
             "the student's own; leave out --exact.",
             key="objective",
         )
-    classes = min([student.head.weight.shape[0], *(one.sizes.vocabulary for one in shapes if one is not None)])
-    made = [
-        Teaching(_teacher(recipe, section, shape, student, strategy, device, world), classes)
-        for section, shape in zip(objective.teachers, shapes, strict=True)
-    ]
-    if not isinstance(objective.teacher, sections.SeveralTeachers):
-        return made[0]
-    return Teaching(SeveralTeachers(tuple(zip(objective.teacher.shares, made))), None, None)
+    return [_teacher(section, shape, device) for section, shape in zip(objective.teachers, shapes, strict=True)]
 
 
-def _teacher(
-    recipe: Recipe,
-    section: sections.OneTeacher,
-    shape: ModelShape | None,
-    student: LanguageModel,
-    strategy: Strategy,
-    device: SimulatedDevice,
-    world: World,
-) -> Any:
+def _teacher(section: sections.OneTeacher, shape: ModelShape | None, device: SimulatedDevice) -> LanguageModel | None:
     if isinstance(section, sections.BaseTeacher):
-        return BaseTeacher(strategy, partial(without_adapter, student), student.head, ())
+        return None
     sharded = isinstance(section, sections.ShardedTeacher)
     own = isinstance(section, sections.ResidentTeacher) and section.device == "own" and section.quantization is None
     if shape is None or not (sharded or own):
@@ -137,18 +121,45 @@ def _teacher(
             "served, quantized ones or those elsewhere; leave out --exact.",
             key="objective.teacher",
         )
-    assert isinstance(section, sections.LocalTeacher), "it is one of the two"
-    model, dtype = _build(shape.sizes.config, "auto", device), teacher_dtype(recipe, section)
-    specs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return _build(shape.sizes.config, "auto", device)
+
+
+def make_teaching(
+    recipe: Recipe,
+    models: Sequence[LanguageModel | None],
+    student: LanguageModel,
+    strategy: Strategy,
+    world: World,
+) -> Teaching | None:
+    """Who teaches, out of what `make_teachers` gave; None for an objective without a teacher."""
+    objective = recipe.objective
+    if not isinstance(objective, Distillation):
+        return None
+    rows = student.config.get_text_config().vocab_size
+    classes = min([rows, *(one.config.get_text_config().vocab_size for one in models if one is not None)])
+    made = []
+    for section, model in zip(objective.teachers, models, strict=True):
+        if model is None:
+            made.append(Teaching(BaseTeacher(strategy, partial(without_adapter, student), student.head), classes))
+            continue
+        assert isinstance(section, sections.LocalTeacher), "it has a model of its own"
+        _hold(model, teacher_dtype(recipe, section), world, sharded=isinstance(section, sections.ShardedTeacher))
+        made.append(Teaching(ModelTeacher(model, model.head, HOST), classes))
+    if not isinstance(objective.teacher, sections.SeveralTeachers):
+        return made[0]
+    return Teaching(SeveralTeachers(tuple(zip(objective.teacher.shares, made))), None)
+
+
+def _hold(model: LanguageModel, dtype: torch.dtype, world: World, *, sharded: bool) -> None:
+    shapes = {canonical_name(name): tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def read(name: str) -> LazyTensor:
-        return _Hollow(specs[name], dtype)
+        return _Hollow(shapes[name], dtype)
 
     if sharded:
-        hold_sharded(model, read, torch.device("cpu"), dtype, world)
+        hold_sharded(model, read, HOST, dtype, world)
     else:
-        hold(model, read, torch.device("cpu"), dtype)
-    return ModelTeacher(model, model.head, torch.device("cpu"), ())
+        hold(model, read, HOST, dtype)
 
 
 def _build(config: Mapping[str, Any], attention: Any, device: SimulatedDevice) -> LanguageModel:

@@ -39,6 +39,8 @@ class Activations:
     """Of the batch itself and its rotary angles."""
     working: tuple[Line, ...]
     """Beside what is kept, as a layer goes backward; the highest counts."""
+    sending: tuple[Line, ...]
+    """The same, at the operations that make a weight's gradient, on which a bucket may be sent."""
     per_layer: float
     """Share of `layers` that one layer's is."""
 
@@ -68,15 +70,21 @@ def trace_activations(
     accumulates_layer: bool = False,
 ) -> Activations:
     """Of a network that computes in `itemsize` bytes, under a strategy with these habits (`Costs`)."""
-    total, working = Line(0.0, 0.0), list[Line]()
+    total, working, sending = Line(0.0, 0.0), list[Line](), list[Line]()
     for group, traced in _traces(network, itemsize, kernels, casts=casts, made=made, accumulates=accumulates_layer):
-        kept, lines = _treated(traced, checkpointing, float(network.shape.sizes.hidden * itemsize))
         if not _backward_reaches(group):
-            kept, lines = Line(0.0, 0.0), ()
+            continue
+        kept, beside = _treated(traced, checkpointing, float(network.shape.sizes.hidden * itemsize))
         total += kept.times(group.count)
-        working += lines
+        working += [line - beside for line in traced.tape.backward(traced.output)]
+        sending += [line - beside for line in traced.tape.backward(traced.output, with_weights=True)]
     return Activations(
-        total, _last_norm(network, itemsize), _batch(network, itemsize), tuple(working), 1 / network.shape.sizes.layers
+        total,
+        _last_norm(network, itemsize),
+        _batch(network, itemsize),
+        tuple(working),
+        tuple(sending),
+        1 / network.shape.sizes.layers,
     )
 
 
@@ -125,19 +133,19 @@ def _traces(
         yield group, trace_layer(network.shape.sizes, group.number, treatment)
 
 
-def _treated(traced: Traced, checkpointing: Checkpointing, state: float) -> tuple[Line, tuple[Line, ...]]:
-    """What is kept of one layer, and what its backward pass holds beside that. `state` is a layer's input, a token."""
+def _treated(traced: Traced, checkpointing: Checkpointing, state: float) -> tuple[Line, Line]:
+    """What is kept of one layer, and how much of it the tape counts in the backward pass. `state` is a layer's input, a
+    token."""
     tape = traced.tape
-    backward = tape.backward(traced.output)
     if checkpointing == "none":
         saved = tape.saved()
-        return saved, tuple(line - saved for line in backward)
+        return saved, saved
     again = Line(0.0, state if tape.keeps_input() else 0.0)
     if checkpointing == "full":
-        return Line(0.0, state), tuple(line - again for line in backward)
+        return Line(0.0, state), again
     # What was kept of a layer and its backward pass does not read is let go as the layer is computed again.
     cached = tape.kept_of_costly()
-    return cached + Line(0.0, state), tuple(line - cached - again for line in backward)
+    return cached + Line(0.0, state), cached + again
 
 
 def _last_norm(network: Network, itemsize: int) -> Line:

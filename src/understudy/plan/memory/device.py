@@ -67,11 +67,12 @@ def device_peak(
         moments.append(("turn", costs.turn, everything, 0, said))
     if costs.sending is not None:
         moments.append(("sending", costs.sending, batch, 0, said))
-    working = peak(activations.working, tokens)
+    working, sending = peak(activations.working, tokens), peak(activations.sending, tokens)
     for instant in costs.layers:
         # The last of the layers is still at work when the share is whole.
         left = max(activations.per_layer, 1.0 - instant.layers_done)
-        moments.append(("layers", instant, int(left * kept) + batch + working, 0, said))
+        beside = sending if instant.sends else working
+        moments.append(("layers", instant, int(left * kept) + batch + beside, 0, said))
     if teacher.forward:
         asked = Instant(gathered=costs.loss.gathered, gradients=costs.loss.gradients, communication=0)
         moments.append(("teacher", asked, peak(teacher.forward, tokens), 0, said + teacher.gathered))

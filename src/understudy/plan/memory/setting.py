@@ -117,6 +117,8 @@ class Instant:
     """Weights put together of all processes' parts, or cast anew."""
     gradients: int = 0
     communication: int = 0
+    sends: bool = False
+    """A bucket is full, on a gradient that was just made."""
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     waits = head if network.shape.sizes.tied else 0
     layers = [Instant(gradients=there + waits, communication=compute * bucket)]
     if bucket < trained:  # else the only one is sent when all layers are done
-        layers.append(Instant(filled, gradients=gradients + waits, communication=compute * bucket + sent))
+        layers.append(Instant(filled, gradients=gradients + waits, communication=compute * bucket + sent, sends=True))
     # What is larger than a bucket is sent alone, from where it is.
     head_alone, embedding_alone = (
         FP32 * numel if numel > bucket and not wide else 0

@@ -54,7 +54,9 @@ def zero3_costs(setting: Setting) -> Costs:
     ]
     if filled < 1.0:  # else the only bucket is sent when all layers are done
         layers += [
-            Instant(done, gathered=compute * whole, gradients=gradients + waits, communication=bucket + sent)
+            Instant(
+                done, gathered=compute * whole, gradients=gradients + waits, communication=bucket + sent, sends=True
+            )
             for done, whole in fetched.rises(filled)
         ]
     return Costs(

@@ -210,9 +210,10 @@ class Tape:
         """Outputs that selective checkpointing keeps."""
         return _total({out.storage for op in self.ops if op.costly for out in op.outputs})
 
-    def backward(self, output: Value) -> tuple[Line, ...]:
-        """Bytes held at each operation of the backward pass, from all that is saved and the output's gradient on. What
-        the strategy does with finished weight gradients is not in it, but where it `accumulates`."""
+    def backward(self, output: Value, *, with_weights: bool = False) -> tuple[Line, ...]:
+        """Bytes held at each operation of the backward pass, from all that is saved and the output's gradient on; only
+        at those that make a weight's gradient `with_weights`. What the strategy does with finished weight gradients is
+        not in it, but where it `accumulates`."""
         left: dict[Storage, int] = {}
         for op in self.ops:
             for storage in set(op.saved):
@@ -225,7 +226,8 @@ class Tape:
             if reached:
                 fresh = _fresh_gradients(op, grads)
                 made = Line(op.weight, 0.0) + op.scratch + _total(fresh)
-                lines.append(saved + _total(grads.values()) + held + made)
+                if op.weight or not with_weights:
+                    lines.append(saved + _total(grads.values()) + held + made)
                 _hand_over(op, reached, grads, fresh)
                 if self.treatment.accumulates:
                     held += Line(op.weight, 0.0)
