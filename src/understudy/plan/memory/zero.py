@@ -6,6 +6,7 @@ As DeepSpeed 0.19 implements them: `runtime.bf16_optimizer` for stage 1 in bf16,
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from understudy.plan.memory.optimizer import moment_bytes, step_scratch
 from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
@@ -13,7 +14,7 @@ from understudy.plan.network import Held
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed
 
-__all__ = ["zero_costs"]
+__all__ = ["filled_at", "zero_costs"]
 
 _PUT_TOGETHER = 500_000_000
 """DeepSpeed's: of fewer elements than that, stage 1 in bf16 puts all gradients together to send them."""
@@ -75,13 +76,15 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     scratch = compute * largest.numel if offload and largest else 0
     there = gradients if setting.accumulates else 0
     sent = compute * bucket + (0 if wide else FP32 * bucket)
-    filled = min(1.0, max(0, bucket - setting.head_gradient) / max(1, trained - setting.outside_numel))
+    filled = filled_at(setting, bucket)
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     # The gradient of a tied table waits for its other part.
     waits = head if network.shape.sizes.tied else 0
     layers = [Instant(gradients=there + waits, communication=compute * bucket)]
     if bucket < trained:  # else the only one is sent when all layers are done
-        layers.append(Instant(filled, gradients=gradients + waits, communication=compute * bucket + sent, sends=True))
+        full = Instant(filled, gradients=there + waits, communication=compute * bucket + sent, sends=True)
+        again = min(1.0, filled + bucket / max(1, trained - setting.outside_numel))
+        layers += [full, replace(full, layers_done=again, gradients=gradients + waits)] if again < 1.0 else [full]
     # What is larger than a bucket is sent alone, from where it is.
     head_alone, embedding_alone = (
         FP32 * numel if numel > bucket and not wide else 0
@@ -107,6 +110,13 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
         host=host if offload else 0,
         made=compute,
     )
+
+
+def filled_at(setting: Setting, bucket: int) -> float:
+    """The share of the layers' backward pass after which a bucket of so many elements is full. A head's gradient comes
+    first, but a tied one with the embedding's, and one that is larger than a bucket is sent alone."""
+    head = 0 if setting.network.shape.sizes.tied or setting.head_gradient > bucket else setting.head_gradient
+    return min(1.0, (bucket - head) / max(1, setting.network.trained - setting.outside_numel))
 
 
 def _part(setting: Setting) -> Callable[[Held], int]:

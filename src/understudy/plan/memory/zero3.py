@@ -9,6 +9,7 @@ from __future__ import annotations
 from understudy.plan.memory.fetching import Fetched, follow
 from understudy.plan.memory.optimizer import moment_bytes, step_scratch
 from understudy.plan.memory.setting import FP32, Costs, Instant, Setting
+from understudy.plan.memory.zero import filled_at
 from understudy.plan.network import Held
 from understudy.recipe.deepspeed_file import effective_deepspeed
 from understudy.recipe.schema import DeepSpeed
@@ -46,7 +47,7 @@ def zero3_costs(setting: Setting) -> Costs:
     # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
     sent = min(bucket, FP32 * network.trained) * (2 if setting.gloo else 1)
     alone = FP32 * setting.head_gradient if FP32 * setting.head_gradient > bucket else 0
-    filled = min(1.0, bucket / FP32 / max(1, network.trained))
+    filled = filled_at(setting, setting.sizes["reduce_bucket_size"])
     waits = head if network.shape.sizes.tied else 0
     layers = [
         Instant(done, gathered=compute * whole, gradients=gradients + waits, communication=bucket)
