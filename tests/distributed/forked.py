@@ -13,7 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,18 +58,59 @@ def run_script(script: Path, arguments: Sequence[str], variables: dict[str, str]
 
 
 def run_command(
-    arguments: Sequence[str], variables: Mapping[str, str], timeout_seconds: float = 240
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    *,
+    prepare: Callable[[], None] | None = None,
+    timeout_seconds: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """As `understudy …`, with these environment variables alone. Its workers are forked too."""
+    """As `understudy …`, with these environment variables alone, after `prepare` in its process. Its workers are forked
+    too."""
     with tempfile.TemporaryDirectory(prefix="forked-") as scratch:
         output, errors = Path(scratch) / "output", Path(scratch) / "errors"
-        process = start_forked(_command, list(arguments), dict(variables), output, errors)
+        process = start_forked(_command, list(arguments), dict(variables), output, errors, prepare)
         process.join(timeout_seconds)
         if process.exitcode is None:
             process.kill()
             process.join()
             raise subprocess.TimeoutExpired(arguments, timeout_seconds, output.read_bytes(), errors.read_bytes())
         return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
+
+
+@contextmanager
+def forked_workers() -> Iterator[None]:
+    """Has what starts workers in this process fork them."""
+    kept = processes.subprocess
+    named = {"Popen": ForkedWorker, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+    processes.subprocess = SimpleNamespace(**named)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        processes.subprocess = kept
+
+
+class ForkedWorker:
+    """What the launcher needs of `subprocess.Popen`, of a worker that is no child of ours."""
+
+    def __init__(self, arguments: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: Any) -> None:
+        variables = {name: value for name, value in env.items() if name not in (CONSOLE_VARIABLE, LAUNCHER_VARIABLE)}
+        self._process = start_forked(_run_module, list(arguments), variables, Path(stdout.name))
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
 
 def take_over(variables: Mapping[str, str], output: Path, errors: Path) -> None:
@@ -82,8 +124,16 @@ def take_over(variables: Mapping[str, str], output: Path, errors: Path) -> None:
     tempfile.tempdir = None  # it is remembered from when modules were loaded
 
 
-def _command(arguments: list[str], variables: dict[str, str], output: Path, errors: Path) -> None:
+def _command(
+    arguments: list[str],
+    variables: dict[str, str],
+    output: Path,
+    errors: Path,
+    prepare: Callable[[], None] | None,
+) -> None:
     take_over(variables, output, errors)
+    if prepare is not None:
+        prepare()
     with Workers() as workers:
         named = {"Popen": workers.start, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
         processes.subprocess = SimpleNamespace(**named)  # type: ignore[attr-defined]
@@ -160,10 +210,15 @@ def _fork_workers(connection: Connection, theirs: Connection) -> None:
 
 
 def _work(arguments: list[str], variables: dict[str, str], log: str) -> None:
-    console = os.dup(STDOUT)
-    take_over(variables | {LAUNCHER_VARIABLE: str(os.getppid())}, Path(log), Path(log))
+    variables = {**variables, LAUNCHER_VARIABLE: str(os.getppid())}
     if CONSOLE_VARIABLE in variables:
-        os.environ[CONSOLE_VARIABLE] = str(console)
+        variables[CONSOLE_VARIABLE] = str(os.dup(STDOUT))
+    _run_module(arguments, variables, Path(log))
+
+
+def _run_module(arguments: list[str], variables: dict[str, str], log: Path) -> None:
+    """As `python -m MODULE …`."""
+    take_over(variables, log, log)
     _, option, module, *others = arguments
     assert option == "-m"
     sys.argv = [module, *others]

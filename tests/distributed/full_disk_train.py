@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from understudy.cli.main import main
 from understudy.launch.local import launch_local
 from understudy.training import start
+
+
+def fill_disk_while_training() -> None:
+    """Has this process, which trains then, start workers that do."""
+    start.launch_local = launch_filling_workers
 
 
 def launch_filling_workers(arguments: tuple[str, ...], *others: Any, **named: Any) -> None:
@@ -14,8 +18,3 @@ def launch_filling_workers(arguments: tuple[str, ...], *others: Any, **named: An
     launch_local(
         tuple(module if part == "understudy.training.worker" else part for part in arguments), *others, **named
     )
-
-
-if __name__ == "__main__":
-    start.launch_local = launch_filling_workers
-    main()

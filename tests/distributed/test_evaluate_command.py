@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.forked import run_command
 
 pytestmark = pytest.mark.distributed
 
@@ -16,10 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def understudy(arguments: list[str], cache: Path) -> str:
-    environment = {**os.environ, "UNDERSTUDY_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "understudy", *arguments], env=environment, capture_output=True, text=True, check=False
-    )
+    done = run_command(arguments, {**os.environ, "UNDERSTUDY_CACHE": str(cache), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
 

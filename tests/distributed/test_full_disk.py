@@ -6,16 +6,16 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.distributed.forked import run_command
+from tests.distributed.full_disk_train import fill_disk_while_training
 from tests.distributed.full_disk_worker import PLAN_VARIABLE, WriteNote, fill
-from tests.distributed.processes import ROOT
-from tests.distributed.small_run import environment, rows, small_recipe, write
+from tests.distributed.small_run import environment, rows, small_recipe, understudy, write
 from tests.small_checkpoints import write_checkpoint
 from understudy.checkpoint.manifest import MANIFEST, MARKER
 from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
@@ -140,7 +140,8 @@ def test_a_run_whose_disk_fills_ends_soon_in_a_sentence_and_goes_on_later(
     notes.mkdir()
     plan = {"save": 2, "filler": str(disk / "filler"), "notes": str(notes), **filling}
 
-    ended = understudy("tests.distributed.full_disk_train", arguments, tmp_path, {PLAN_VARIABLE: json.dumps(plan)})
+    variables = {**environment(tmp_path), PLAN_VARIABLE: json.dumps(plan)}
+    ended = run_command(arguments, variables, prepare=fill_disk_while_training)
     seconds = time.time() - float((notes / "filled").read_text())
 
     store = CheckpointStore(disk / "run" / "checkpoints")
@@ -154,21 +155,9 @@ def test_a_run_whose_disk_fills_ends_soon_in_a_sentence_and_goes_on_later(
     verify_checkpoint(store.path(4))
 
     (disk / "filler").unlink()
-    done = understudy("understudy", arguments, tmp_path, {})
+    done = understudy(arguments, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"going on from {store.path(4)} (step 4)" in done.stdout
     assert sorted(path.name for path in store.directory.iterdir()) == ["step-00000008", "step-00000012"]
     assert [verify_checkpoint(path).step for path in store.committed()] == [12, 8]
     assert [row["step"] for row in rows(disk)] == list(range(1, 13))
-
-
-def understudy(
-    module: str, arguments: list[str], tmp_path: Path, variables: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        env={**environment(tmp_path), "PYTHONPATH": str(ROOT), **variables},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.distributed import small_run
+from tests.distributed.forked import forked_workers
 from understudy.models.weights import WeightReader
 from understudy.training.parity import compare_strategies
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
-UNDERSTUDY = [sys.executable, "-m", "understudy"]
 TOKENS = [f"<new {number}>" for number in range(8)]
 TEMPLATE = "{% for m in messages %}<new 7>{{ m['role'] }} {{ m['content'] }}<|im_end|>{% endfor %}"
 
@@ -37,7 +36,8 @@ def test_embeddings_that_grew_train_the_same_under_every_strategy(
         "evaluation.samples=0",
     ]
     lines: list[str] = []
-    found = list(compare_strategies(RECIPES / f"{recipe}.yaml", overrides, strategies, 2, 3, lines.append))
+    with forked_workers():
+        found = list(compare_strategies(RECIPES / f"{recipe}.yaml", overrides, strategies, 2, 3, lines.append))
     assert [difference.strategy for difference, _ in found] == strategies
     assert all(difference.within(tolerance) for difference, tolerance in found), found
     [grown] = [path for path in (tmp_path / "cache" / "grown").iterdir() if path.is_dir()]
@@ -61,12 +61,12 @@ def recipe_with_new_tokens(tmp_path: Path) -> dict[str, Any]:
 def test_a_run_with_new_tokens_goes_on_under_another_strategy(tmp_path: Path) -> None:
     recipe = recipe_with_new_tokens(tmp_path)
     file = small_run.write({**recipe, "strategy": "zero3"}, tmp_path)
-    done = small_run.run([*UNDERSTUDY, "train", str(file)], tmp_path)
+    done = small_run.understudy(["train", str(file)], tmp_path)
     assert done.returncode == 0, done.stderr
 
     resume = tmp_path / "run" / "checkpoints" / "step-00000003"
     again = ["strategy=fsdp", f"output_dir={tmp_path / 'again'}", f"checkpoint.resume={resume}"]
-    done = small_run.run([*UNDERSTUDY, "train", str(file), *again], tmp_path)
+    done = small_run.understudy(["train", str(file), *again], tmp_path)
     assert done.returncode == 0, done.stderr
 
     straight, resumed = (

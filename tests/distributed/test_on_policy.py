@@ -12,6 +12,7 @@ import yaml
 from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from tests.distributed.forked import forked_workers
 from tests.distributed.small_run import small_recipe, write_tokenizer
 from understudy.cli.parity import command
 
@@ -44,7 +45,8 @@ def test_answers_and_losses_are_those_of_one_process(
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     arguments = [str(file), "--strategies", "fsdp,zero3", "--processes", "2", "--steps", "4", "--json"]
-    result = CliRunner().invoke(command, arguments, standalone_mode=False)
+    with forked_workers():
+        result = CliRunner().invoke(command, arguments, standalone_mode=False)
     assert result.exception is None, result.output
     seen = json.loads(result.stdout)["strategies"]
     assert [row["strategy"] for row in seen] == ["fsdp", "zero3"]
