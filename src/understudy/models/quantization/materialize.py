@@ -154,7 +154,8 @@ def _quantize(tensor: Tensor, name: str, quantization: Quantization) -> dict[str
 def quantized_section(
     config: Mapping[str, Any], quantization: Quantization, skipped: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """`quantization_config` of a model with this config.json as transformers writes it; its layers compute in the model's own dtype."""
+    """`quantization_config` of a model with this config.json, as transformers writes it; its layers compute in the
+    model's own dtype."""
     dtype = config.get("dtype") or config.get("torch_dtype")
     eight_bit = quantization.data_type == "int8"
     section: dict[str, Any] = BitsAndBytesConfig(
