@@ -11,7 +11,7 @@ from understudy.recipe.adapters import LoRA
 from understudy.recipe.quantization import Quantization
 from understudy.recipe.schema import Recipe, Training
 
-__all__ = ["gibibytes", "lever", "reason_against", "why_chosen", "why_nothing"]
+__all__ = ["gibibytes", "lever", "nearest_of", "reason_against", "why_chosen", "why_nothing"]
 
 _SHORTEST = 128
 _MOST_DEVICES = 1024
@@ -57,18 +57,22 @@ def why_chosen(chosen: Row, rows: Sequence[Row], hardware: Hardware, *, fixed: b
     return "; ".join(["the fastest that fits: " + own, *parts]) + "."
 
 
-def why_nothing(rows: Sequence[Row], limit: int, hardware: Hardware) -> str:
+def nearest_of(rows: Sequence[Row], limit: int, hardware: Hardware) -> Row | None:
+    """The one of `rows` that exceeds what it may have by least; None where none of them can be taken."""
+
     def overdone(row: Row) -> float:
         on_host = row.host_peak_bytes / hardware.host_bytes if hardware.host_bytes else 0.0
         return max(row.device_peak_bytes / limit, on_host)
 
-    possible = [row for row in rows if not row.refused]
-    if not possible:
+    return min((row for row in rows if not row.refused), key=overdone, default=None)
+
+
+def why_nothing(rows: Sequence[Row], nearest: Row | None) -> str:
+    if nearest is None:
         return f"nothing can be taken: {rows[0].name}: {rows[0].reason}"
-    least = min(possible, key=overdone)
     return (
-        f"nothing fits: {least.name} comes nearest and {least.reason}, with activation_checkpointing "
-        f"{least.activation_checkpointing} and micro-batches of {least.micro_batch_tokens:,} tokens."
+        f"nothing fits: {nearest.name} comes nearest and {nearest.reason}, with activation_checkpointing "
+        f"{nearest.activation_checkpointing} and micro-batches of {nearest.micro_batch_tokens:,} tokens."
     )
 
 

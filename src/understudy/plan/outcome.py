@@ -82,6 +82,8 @@ class Plan:
     """Why the chosen one wins, or why nothing fits."""
     lever: str | None
     """Where nothing fits, what would make it fit."""
+    nearest: Row | None = None
+    """Where nothing fits, what comes nearest of that which can be taken."""
 
     def to_json(self) -> dict[str, Any]:
         accelerator = self.hardware.accelerator

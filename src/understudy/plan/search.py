@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from understudy.errors import UserError
-from understudy.plan.advice import lever, reason_against, why_chosen, why_nothing
+from understudy.plan.advice import lever, nearest_of, reason_against, why_chosen, why_nothing
 from understudy.plan.estimate import Estimate, Estimator
 from understudy.plan.hardware.hardware import Hardware
 from understudy.plan.memory.activations import Checkpointing
@@ -60,10 +60,12 @@ def best(
     allowed = [row for row in rows if not asked or row.strategy in asked]
     fitting = [row for row in allowed if row.fits]
     chosen = _choose(fitting)
+    nearest = None
     if chosen is not None:
         sentence = why_chosen(chosen, rows, hardware, fixed=recipe.strategy != "auto")
     else:
-        sentence = why_nothing(allowed, limit, hardware)
+        nearest = nearest_of(allowed, limit, hardware)
+        sentence = why_nothing(allowed, nearest)
     advice = None
     if chosen is None and levers:
         advice = lever(
@@ -79,7 +81,7 @@ def best(
                 levers=False,
             ),
         )
-    return Plan(hardware, limit, shape, estimator.network.trained, precision, rows, chosen, sentence, advice)
+    return Plan(hardware, limit, shape, estimator.network.trained, precision, rows, chosen, sentence, advice, nearest)
 
 
 def _strategies(recipe: Recipe) -> Iterator[tuple[str, Strategy]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["bytes_of", "is_limit", "limited_bytes"]
+__all__ = ["bytes_of", "is_limit", "is_size", "limited_bytes"]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -28,8 +28,13 @@ def limited_bytes(limit: float | str | None, total_bytes: int) -> int | None:
     return None if limit is None or not total_bytes else int(limit * total_bytes)
 
 
+def is_size(text: str) -> bool:
+    """Whether `text` is a size above 0 with its unit."""
+    return bool(bytes_of(text)) and text.strip()[-1] in "Bb"
+
+
 def is_limit(limit: float | str | None) -> bool:
     """Whether `training.memory_limit` is a fraction above 0 and at most 1, a size with its unit, or null."""
     if isinstance(limit, str):
-        return bool(bytes_of(limit)) and limit.strip()[-1] in "Bb"
+        return is_size(limit)
     return limit is None or 0 < limit <= 1

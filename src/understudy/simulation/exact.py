@@ -97,7 +97,7 @@ class Exact:
 
 
 def simulate_plan(recipe: Recipe, plan: Plan, teachers: Sequence[ModelShape | None] = ()) -> Exact:
-    """The row that `plan` takes, or where nothing fits the one that needs least, simulated with all of its processes.
+    """The row that `plan` takes, or where nothing fits the one that comes nearest, simulated with all of its processes.
 
     Raises `UserError` for more than `MOST_PROCESSES`, and for what cannot be simulated.
     """
@@ -107,10 +107,9 @@ def simulate_plan(recipe: Recipe, plan: Plan, teachers: Sequence[ModelShape | No
             f"--exact simulates up to {MOST_PROCESSES:,} processes, and these are {hardware.devices:,}; leave it out, "
             "or plan for fewer: beyond a few hundred little changes."
         )
-    possible = [row for row in plan.rows if recipe.strategy in ("auto", row.strategy) and not row.refused]
-    if not possible:
+    row = plan.chosen or plan.nearest
+    if row is None:
         raise UserError("the recipe's rules allow no strategy here, so there is nothing to simulate.", key="strategy")
-    row = plan.chosen or min(possible, key=lambda one: one.device_peak_bytes)
     training = recipe.training.model_copy(
         update={
             "micro_batch_tokens": row.micro_batch_tokens,

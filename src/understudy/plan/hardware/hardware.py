@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from understudy.errors import UserError
 from understudy.plan.hardware.catalogue import Accelerator, Link, accelerators, links
-from understudy.recipe.sizes import bytes_of
+from understudy.recipe.sizes import bytes_of, is_size
 
 __all__ = ["Hardware", "local_hardware", "parse_hardware", "processor"]
 
@@ -76,7 +76,7 @@ def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -
         raise UserError(f"{text!r:.60} is {devices} devices; plan for 1 to 1024 of them on a host.")
     kind, colon, size = name.partition(":")
     if kind.strip().lower() == "cpu":
-        room = bytes_of(size) if colon else None
+        room = bytes_of(size) if colon and is_size(size) else None
         if not room:
             raise UserError(f"{text!r:.60} does not say how much memory a process may take; write cpu:24GiB.")
         found = _on_host(processor(room), devices, nodes, host_bytes=room * devices)

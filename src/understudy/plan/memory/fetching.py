@@ -59,22 +59,26 @@ def follow(
     order = forward + forward[:0:-1][: 1 + len(layers)] + ([] if frozen else [0])
     whole: set[int] = set()
     needed: dict[int, int] = {}
-    pointer, seen = 0, []
+    pointer, there, seen = 0, 0, list[int]()
     for step, number in enumerate(order):
-        whole.add(number)
+        if number not in whole:
+            whole.add(number)
+            there += sizes[number]
         pointer = max(pointer, step + 1)
         for _ in range(_CALLS):
-            fetched, room = 0, min(ahead, live - sum(sizes[one] for one in whole))
+            fetched, room = 0, min(ahead, live - there)
             while pointer < len(order) and fetched < room:
                 coming = order[pointer]
                 needed[coming] = pointer
                 if coming not in whole:
                     whole.add(coming)
                     fetched += sizes[coming]
+                    there += sizes[coming]
                 pointer += 1
-        seen.append(sum(sizes[one] for one in whole))
+        seen.append(there)
         if needed.get(number, -1) <= step and not _soon(order, sizes, step, reuse):
             whole.discard(number)
+            there -= sizes[number]
     middle = len(forward)
     return Fetched(seen[middle - 2], seen[middle - 1], tuple(seen[middle + 1 : middle + 1 + len(layers)]))
 
@@ -82,10 +86,10 @@ def follow(
 def _soon(order: Sequence[int], sizes: Sequence[int], step: int, reuse: int) -> bool:
     """Whether what was used at `step` is used again within `reuse` elements."""
     passed = 0
-    for number in order[step + 1 :]:
+    for later in range(step + 1, len(order)):
         if passed >= reuse:
             return False
-        if number == order[step]:
+        if order[later] == order[step]:
             return True
-        passed += sizes[number]
+        passed += sizes[order[later]]
     return False

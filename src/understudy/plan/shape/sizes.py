@@ -67,6 +67,11 @@ def read_sizes(config: dict[str, Any]) -> Sizes:
     hidden, heads, layers = (read.size(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if hidden % heads and family.head_dim is None and not config.get("head_dim"):
         raise UserError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}; correct one of them.")
+    if heads % (read.optional("num_key_value_heads") or heads):
+        raise UserError(
+            f"num_attention_heads {heads} is no multiple of num_key_value_heads "
+            f"{read.optional('num_key_value_heads')}; correct one of them."
+        )
     head_dim = read.optional("head_dim") or family.head_dim or hidden // heads
     experts = family.mlp == "experts"
     dense_inner = read.optional("intermediate_size") or family.inner_factor * hidden
