@@ -14,7 +14,7 @@ from tests.distributed import scenario
 from tests.distributed.processes import run_processes
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-SAVED_STEP, STEPS = 3, 6
+SAVED_STEP, STEPS = 2, 4
 LOSS_TOLERANCE, LOW_PRECISION_TOLERANCE = 1e-5, 2e-2
 SECONDS_A_CASE = 15.0
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-offload")

@@ -5,6 +5,7 @@ What starting by itself comes to, and what is killed, is for tests that start co
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -20,6 +21,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
+
+import torch
 
 from understudy.cli.main import exit_status
 from understudy.launch import processes
@@ -121,7 +124,11 @@ def take_over(variables: Mapping[str, str], output: Path, errors: Path) -> None:
             os.dup2(file.fileno(), descriptor)
     os.environ.clear()
     os.environ.update(variables)
-    tempfile.tempdir = None  # it is remembered from when modules were loaded
+    # What was settled when modules were loaded.
+    tempfile.tempdir = None
+    if "OMP_NUM_THREADS" in variables:
+        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    gc.freeze()  # what was imported stays, and collecting takes no longer for it
 
 
 def _command(
