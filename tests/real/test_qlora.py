@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.distributed.forked import run_command
 from tests.real.alpaca import evaluation_examples, mean_loss
-from tests.real.conftest import RECIPE, ROOT
+from tests.real.conftest import RECIPE
 from understudy.recipe.load import load_recipe
 from understudy.training.adapting import adapted_model
 from understudy.training.job import read_job
@@ -49,8 +48,7 @@ def runs(
     for strategy in STRATEGIES:
         directory = tmp_path_factory.mktemp("runs") / strategy
         arguments = [str(RECIPE), *overrides, f"strategy={strategy}", f"output_dir={directory}"]
-        command = [sys.executable, "-m", "understudy", "train", *arguments]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = run_command(["train", *arguments], environment, timeout_seconds=600)
         assert done.returncode == 0, done.stderr
         finished[strategy] = directory, done.stdout
     return finished

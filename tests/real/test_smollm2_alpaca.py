@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.distributed.forked import run_command
 from tests.real.alpaca import evaluation_examples, mean_loss, prepared
-from tests.real.conftest import RECIPE, ROOT
+from tests.real.conftest import RECIPE
 
 pytestmark = pytest.mark.real
 
@@ -30,8 +29,7 @@ def runs(small_run: list[str], token_caches: Path, tmp_path_factory: pytest.Temp
     directories = {strategy: tmp_path_factory.mktemp("runs") / strategy for strategy in STRATEGIES}
     for strategy, directory in directories.items():
         overrides = [*small_run, f"strategy={strategy}", f"output_dir={directory}"]
-        command = [sys.executable, "-m", "understudy", "train", str(RECIPE), *overrides]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        done = run_command(["train", str(RECIPE), *overrides], environment, timeout_seconds=600)
         assert done.returncode == 0, done.stderr
     return directories
 
