@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from tests.distributed.forked import PRELOADED
 from understudy.cli.main import exit_status
 
-PRELOADED = ["understudy.training.teacher_answers", "transformers.models.llama.modeling_llama"]
 DEADLINE_SECONDS = 180.0
 
 
