@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from understudy.errors import StoppedError, UnderstudyError, tells_out_of_memory
@@ -22,7 +22,7 @@ from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
 from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE, child_environment
 
-__all__ = ["run_processes"]
+__all__ = ["Watcher", "run_processes"]
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.3
@@ -36,35 +36,49 @@ STDOUT = 1
 STOPPED = StoppedError.exit_status
 
 
-def run_processes(commands: Sequence[NodeCommand], directory: RunDirectory, *, console: bool = True) -> None:
-    """Runs `commands` until all have ended with 0. Each one's output goes to its log; with `console`, rank 0 gets our
-    stdout too.
+Watcher = Callable[[], UnderstudyError | None]
+"""Asked many times a second while processes run: what it returns is why they cannot go on, though none has ended."""
+
+
+def run_processes(
+    commands: Sequence[NodeCommand],
+    directory: RunDirectory,
+    *,
+    console: bool = True,
+    watchers: Sequence[Watcher] = (),
+) -> None:
+    """Runs `commands` until all have ended with 0, or one of `watchers` finds that they cannot. Each one's output goes
+    to its log; with `console`, rank 0 gets our stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
     SIGINT, SIGTERM and SIGUSR1 are passed on, once; after that it takes as long as the processes take, or
     until the second signal, which kills them.
 
-    Raises what `first_failure` finds; `StoppedError` when the processes stopped on request, whoever asked, or a request
-    came before training began; `FailedRunError` with status 1 when they had to be killed.
+    Raises what `first_failure` finds, or else a watcher; `StoppedError` when the processes stopped on request, whoever
+    asked, or a request came before training began; `FailedRunError` with status 1 when they had to be killed.
     """
     directory.logs.mkdir(exist_ok=True)
     for command in commands:
         directory.cause(command.rank).unlink(missing_ok=True)  # an earlier run's
-    watch = _MemoryWatch(directory, len(commands))
+    ranks = [command.rank for command in commands]
+    watch = _MemoryWatch(directory, ranks)
     with noted_signals() as requests:
-        started: list[subprocess.Popen[bytes]] = []
+        started: dict[int, subprocess.Popen[bytes]] = {}
         exits: list[Exit] = []
+        found: UnderstudyError | None = None
         try:
             for command in commands:
                 requests.check()
-                started.append(_start(command, directory, console=console and command.rank == 0))
-            exits = _watch(started, requests, directory)
+                started[command.rank] = _start(command, directory, console=console and command.rank == 0)
+            exits, found = _watch(started, requests, directory, watchers)
         finally:
-            _kill(started)
-            if any(process.returncode for process in started):
+            _kill(list(started.values()))
+            if any(process.returncode for process in started.values()):
                 _restore_terminal()
+    if found is not None and all(end.status == 0 for end in exits):
+        raise found
     if len(exits) < len(commands) or any(end.status != 0 for end in exits):
-        raise _outcome(exits, len(commands), requests, directory, watch)
+        raise _outcome(exits, ranks, requests, directory, watch)
 
 
 def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
@@ -91,26 +105,36 @@ def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> s
         )
 
 
-def _watch(started: Sequence[subprocess.Popen[bytes]], requests: StopRequests, directory: RunDirectory) -> list[Exit]:
-    """Waits until all have ended, one has failed, or a second signal came; passes the first one on. Returns the ends
-    seen."""
+def _watch(
+    started: Mapping[int, subprocess.Popen[bytes]],
+    requests: StopRequests,
+    directory: RunDirectory,
+    watchers: Sequence[Watcher],
+) -> tuple[list[Exit], UnderstudyError | None]:
+    """Waits until all have ended, one has failed, a watcher found something, or a second signal came; passes the first
+    one on. Returns the ends seen, and what was found."""
     seen: dict[int, Exit] = {}
+    found: UnderstudyError | None = None
     stop_at: float | None = None
     asked = False
     while len(seen) < len(started) and len(requests.received) < 2:
         if requests.received and not asked:
             asked = True
-            for process in started:
+            for process in started.values():
                 process.send_signal(requests.received[0])
-        for rank, process in enumerate(started):
+        for rank, process in started.items():
             if rank not in seen and (status := process.poll()) is not None:
                 seen[rank] = Exit(rank, status, time.time())
                 if stop_at is None and not _others_will_end(seen[rank], directory):
                     stop_at = time.monotonic() + SETTLE_SECONDS
+        if stop_at is None:
+            found = next((problem for watcher in watchers if (problem := watcher()) is not None), None)
+            if found is not None:
+                stop_at = time.monotonic() + SETTLE_SECONDS
         if stop_at is not None and time.monotonic() >= stop_at:
             break
         time.sleep(POLL_SECONDS)
-    return list(seen.values())
+    return list(seen.values()), found
 
 
 def _others_will_end(end: Exit, directory: RunDirectory) -> bool:
@@ -134,9 +158,9 @@ def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
 class _MemoryWatch:
     """Tells of processes that vanished whether they ran out of memory."""
 
-    def __init__(self, directory: RunDirectory, size: int) -> None:
-        self._logs = [directory.log(rank) for rank in range(size)]
-        self._before = [log.stat().st_size if log.exists() else 0 for log in self._logs]
+    def __init__(self, directory: RunDirectory, ranks: Sequence[int]) -> None:
+        self._logs = {rank: directory.log(rank) for rank in ranks}
+        self._before = {rank: log.stat().st_size if log.exists() else 0 for rank, log in self._logs.items()}
         self._kills = oom_kills()
 
     def starved(self, exits: Sequence[Exit]) -> dict[int, str]:
@@ -163,20 +187,20 @@ class _MemoryWatch:
 
 
 def _outcome(
-    exits: Sequence[Exit], size: int, requests: StopRequests, directory: RunDirectory, watch: _MemoryWatch
+    exits: Sequence[Exit], ranks: Sequence[int], requests: StopRequests, directory: RunDirectory, watch: _MemoryWatch
 ) -> UnderstudyError:
-    """What it means that of `size` processes only `exits` ended by themselves, or not all with 0."""
-    causes = {rank: cause for rank in range(size) if (cause := read_cause(directory.cause(rank)))}
+    """What it means that of the processes of `ranks` only `exits` ended by themselves, or not all with 0."""
+    causes = {rank: cause for rank in ranks if (cause := read_cause(directory.cause(rank)))}
     stops = {rank: cause for rank, cause in causes.items() if cause.exit_status == STOPPED}
     # A process that our signal ended was not yet, or no longer, ready to stop; its peers may have seen it vanish.
     unready = [e.rank for e in exits if -e.status in requests.received[:1] and e.rank not in causes]
     failed = [end for end in exits if end.status not in (0, STOPPED) and end.rank not in unready]
     if failed and not (unready and all(end.rank in causes and causes[end.rank].peer_failed for end in failed)):
         left = {rank: cause for rank, cause in causes.items() if rank not in stops}
-        return _failure(failed, left, size, directory, watch)
+        return _failure(failed, left, ranks, directory, watch)
     if unready:
         return _ended_by_signal(requests, directory)
-    if len(exits) < size and len(requests.received) > 1:
+    if len(exits) < len(ranks) and len(requests.received) > 1:
         return _killed(requests, directory)
     if not stops:
         return StoppedError("stopped on request; run again to go on.")
@@ -185,7 +209,11 @@ def _outcome(
 
 
 def _failure(
-    failed: Sequence[Exit], causes: Mapping[int, Cause], size: int, directory: RunDirectory, watch: _MemoryWatch
+    failed: Sequence[Exit],
+    causes: Mapping[int, Cause],
+    ranks: Sequence[int],
+    directory: RunDirectory,
+    watch: _MemoryWatch,
 ) -> UnderstudyError:
     starved = watch.starved([end for end in failed if end.rank not in causes])
     if not causes and not starved and (free_bytes := shutil.disk_usage(directory.path).free) < CAUSE_BYTES:
@@ -195,7 +223,7 @@ def _failure(
             f"needs {CAUSE_BYTES:,} to say why); free some, or choose another output_dir.{kept}"
         )
         return FailedRunError(message, 2, refused=not _has_trained(directory))
-    return first_failure(failed, causes, {rank: directory.log(rank) for rank in range(size)}, starved)
+    return first_failure(failed, causes, {rank: directory.log(rank) for rank in ranks}, starved)
 
 
 def _ended_by_signal(requests: StopRequests, directory: RunDirectory) -> UnderstudyError:

@@ -12,7 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from understudy.recipe.environment import ProcessEnvironment
+from understudy.launch.network import interface_to
+from understudy.recipe.environment import ProcessEnvironment, gloo_interface
 
 __all__ = ["World", "process_group"]
 
@@ -42,6 +43,10 @@ def process_group(environment: ProcessEnvironment, device: torch.device, backend
     place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     added = [name for name in place if name not in os.environ]
     os.environ.update({name: str(place[name]) for name in added})
+    interface = None if environment.master is None else interface_to(environment.master)
+    if interface is not None and gloo_interface() is None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+        added.append("GLOO_SOCKET_IFNAME")
     dist.init_process_group(
         backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
         init_method=environment.rendezvous,

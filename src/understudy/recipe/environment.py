@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-import re
+import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from understudy.errors import UserError
+from understudy.recipe.place import (
+    HostEnvironment,
+    ProcessEnvironment,
+    asked_processes,
+    number,
+    place_of_host,
+    place_of_process,
+)
 
 __all__ = [
     "CONSOLE_VARIABLE",
     "LAUNCHER_VARIABLE",
     "RENDEZVOUS_VARIABLE",
+    "HostEnvironment",
     "ProcessEnvironment",
     "cache_directory",
     "child_environment",
@@ -21,9 +29,13 @@ __all__ = [
     "console_descriptor",
     "debugging_variables",
     "extensions_directory",
+    "gloo_interface",
+    "host_environment",
+    "host_name",
     "launcher_process",
     "launcher_variables",
     "process_environment",
+    "processes_per_host",
     "set_build_environment",
     "teacher_key",
     "visible_devices",
@@ -55,18 +67,6 @@ _FOR_DEBUGGING = {
 """Variables that are set for debugging and forgotten: the value that does so, and what it then does."""
 
 
-@dataclass(frozen=True)
-class ProcessEnvironment:
-    """This process's place among its peers, as a launcher told it."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    rendezvous: str
-    """`init_method` for torch.distributed: env:// or file://…"""
-
-
 def cache_directory() -> Path:
     """Where prepared data and materialised weights are kept: UNDERSTUDY_CACHE, else XDG_CACHE_HOME, else ~/.cache."""
     if explicit := os.environ.get("UNDERSTUDY_CACHE"):
@@ -96,17 +96,17 @@ def extensions_directory() -> Path:
 
 def chosen_threads() -> int | None:
     """Threads a process, when the user set OMP_NUM_THREADS."""
-    return _number(os.environ, "OMP_NUM_THREADS") if "OMP_NUM_THREADS" in os.environ else None
+    return number(os.environ, "OMP_NUM_THREADS") if "OMP_NUM_THREADS" in os.environ else None
 
 
 def console_descriptor() -> int | None:
     """The file descriptor our local launcher gave this process to reach the user; None outside of it."""
-    return _number(os.environ, CONSOLE_VARIABLE) if CONSOLE_VARIABLE in os.environ else None
+    return number(os.environ, CONSOLE_VARIABLE) if CONSOLE_VARIABLE in os.environ else None
 
 
 def launcher_process() -> int | None:
     """The process id of our local launcher; None outside of it."""
-    return _number(os.environ, LAUNCHER_VARIABLE) if LAUNCHER_VARIABLE in os.environ else None
+    return number(os.environ, LAUNCHER_VARIABLE) if LAUNCHER_VARIABLE in os.environ else None
 
 
 def launcher_variables() -> tuple[dict[str, str], bool]:
@@ -127,68 +127,28 @@ def debugging_variables() -> dict[str, str]:
 
 
 def process_environment(environ: Mapping[str, str] | None = None) -> ProcessEnvironment | None:
-    """The place that torchrun, accelerate, deepspeed, srun or our own launcher gave this process; None outside of them.
-
-    Raises `UserError` when the variables of a launcher are there in part or contradict each other.
-    """
-    env = os.environ if environ is None else environ
-    if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env:
-        # A step may have fewer tasks than its job, whose number srun leaves in SLURM_NTASKS.
-        size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-        names = ("SLURM_PROCID", size, "SLURM_LOCALID")
-        if _number(env, size, default=1) == 1:
-            return None
-    else:
-        return None
-    rank, world_size = _number(env, names[0]), _number(env, names[1])
-    # Where a launcher says nothing of hosts, all processes are on one.
-    local_rank = _number(env, names[2], default=rank)
-    if names[0] == "RANK":
-        # The deepspeed launcher says LOCAL_SIZE.
-        local_world_size = _number(env, "LOCAL_WORLD_SIZE", default=_number(env, "LOCAL_SIZE", default=world_size))
-    else:
-        local_world_size = _slurm_tasks_here(env, default=world_size)
-    if not 0 <= rank < world_size:
-        raise UserError(
-            f"{names[0]}={rank} lies outside {names[1]}={world_size}; the launcher must set 0 ≤ rank < size."
-        )
-    rendezvous = env.get(RENDEZVOUS_VARIABLE, "env://")
-    if rendezvous == "env://" and world_size > 1:
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if name not in env:
-                raise UserError(
-                    f"{names[1]}={world_size} but {name} is not set; set it to the first host's address or port."
-                )
-    return ProcessEnvironment(rank, world_size, local_rank, local_world_size, rendezvous)
+    """As `place_of_process`, of this process's environment."""
+    return place_of_process(os.environ if environ is None else environ, RENDEZVOUS_VARIABLE)
 
 
-def _slurm_tasks_here(env: Mapping[str, str], default: int) -> int:
-    """Tasks of this step on this host, from Slurm's list of counts, such as `4(x2),3`, one entry a run of hosts."""
-    listed = env.get("SLURM_STEP_TASKS_PER_NODE")
-    if listed is None:
-        return _number(env, "SLURM_NTASKS_PER_NODE", default=default)
-    counts: list[int] = []
-    for entry in listed.split(","):
-        if (found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", entry)) is None:
-            raise UserError(f"the environment variable SLURM_STEP_TASKS_PER_NODE is {listed!r}; it must be counts.")
-        counts += [int(found[1])] * int(found[2] or 1)
-    node = _number(env, "SLURM_NODEID", default=0)
-    if not 0 <= node < len(counts):
-        raise UserError(f"SLURM_NODEID={node} lies outside the {len(counts)} hosts of SLURM_STEP_TASKS_PER_NODE.")
-    return counts[node]
+def host_environment() -> HostEnvironment | None:
+    """As `place_of_host`, of this process's environment."""
+    return place_of_host(os.environ)
 
 
-def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    if name not in env and default is not None:
-        return default
-    try:
-        return int(env[name])
-    except (KeyError, ValueError):
-        raise UserError(
-            f"the environment variable {name} is {env.get(name, 'not set')!r}; it must be a number."
-        ) from None
+def processes_per_host() -> int | None:
+    """As `asked_processes`, of this process's environment."""
+    return asked_processes(os.environ)
+
+
+def host_name() -> str:
+    """What to call this host: as Slurm names it, else as it does itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def gloo_interface() -> str | None:
+    """The network interface that the user, or our own launcher, chose for gloo."""
+    return os.environ.get("GLOO_SOCKET_IFNAME")
 
 
 def teacher_key() -> str | None:
