@@ -59,12 +59,17 @@ test-matrix: $(VENV)/dev.stamp
 test-compat: $(COMPAT)/compat.stamp
 	$(COMPAT)/bin/python -m pytest tests/distributed -m distributed -k conformance
 
-# DeepSpeed before 0.15 calls numactl as it sets up ZeRO-3 on a processor.
+# DeepSpeed before 0.15 calls numactl as it sets up ZeRO-3 on a processor; tests make hosts of their own, with sshd.
+SYSTEM_PROGRAMS := numactl ip sshd ssh
+SYSTEM_PACKAGES := numactl iproute2 openssh-server openssh-client
+
 system-packages:
-	@if command -v numactl >/dev/null; then echo "numactl is installed"; \
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	for program in $(SYSTEM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	if [ -z "$$missing" ]; then echo "$(SYSTEM_PROGRAMS) are installed"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends numactl; \
-	else echo "numactl is missing; install it with your system's packages" >&2; exit 1; fi
+		apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(SYSTEM_PACKAGES); \
+	else echo "missing:$$missing; install $(SYSTEM_PACKAGES) with your system's packages" >&2; exit 1; fi
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

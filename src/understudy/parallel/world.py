@@ -12,8 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from understudy.launch.network import interface_to
-from understudy.recipe.environment import ProcessEnvironment, gloo_interface
+from understudy.parallel.meeting import meeting
+from understudy.recipe.environment import ProcessEnvironment
 
 __all__ = ["World", "process_group"]
 
@@ -43,25 +43,22 @@ def process_group(environment: ProcessEnvironment, device: torch.device, backend
     place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     added = [name for name in place if name not in os.environ]
     os.environ.update({name: str(place[name]) for name in added})
-    interface = None if environment.master is None else interface_to(environment.master)
-    if interface is not None and gloo_interface() is None:
-        os.environ["GLOO_SOCKET_IFNAME"] = interface
-        added.append("GLOO_SOCKET_IFNAME")
-    dist.init_process_group(
-        backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
-        init_method=environment.rendezvous,
-        rank=world.rank,
-        world_size=world.size,
-        timeout=COLLECTIVE_TIMEOUT,
-        device_id=None if device.type == "cpu" else device,
-    )
-    try:
-        yield world
-        dist.barrier()
-    finally:
-        # Cycles in FSDP2's and DeepSpeed's objects keep gloo's threads alive past the group; such a thread, met by the
-        # interpreter's exit, aborts the process.
-        gc.collect()
-        dist.destroy_process_group()
-        for name in added:  # else a command started from here would take itself for one of the group
-            os.environ.pop(name, None)
+    with meeting(environment, COLLECTIVE_TIMEOUT) as store:
+        dist.init_process_group(
+            backend if device.type == "cpu" else f"cpu:gloo,{device.type}:{backend}",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=None if device.type == "cpu" else device,
+        )
+        try:
+            yield world
+            dist.barrier()
+        finally:
+            # Cycles in FSDP2's and DeepSpeed's objects keep gloo's threads alive past the group; such a thread, met by
+            # the interpreter's exit, aborts the process.
+            gc.collect()
+            dist.destroy_process_group()
+            for name in added:  # else a command started from here would take itself for one of the group
+                os.environ.pop(name, None)
