@@ -37,7 +37,7 @@ from understudy.recipe.source_map import SourceMap
 from understudy.recipe.teachers import LocalTeacher
 from understudy.training.companions import special_ids
 from understudy.training.job import TeacherPlace
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, require_positions
+from understudy.training.teacher_model import OpenedTeacher, require_positions
 
 __all__ = ["LEAST_ALIGNED", "align_teacher"]
 
@@ -175,8 +175,7 @@ def _judge(counts: AlignmentCounts, name: str, report: Callable[[str], None]) ->
         raise UserError(
             f"the teacher {name} reads {share:.1%} of the supervised tokens' beginnings as the student does, too few "
             "to learn from: one of the two chat templates changes what the assistant says, or one of the tokenizers "
-            "loses it; name another teacher, or set data.chat_template.",
-            key=TEACHER,
+            "loses it; name another teacher, or set data.chat_template."
         )
     whole = counts.same / counts.supervised
     report(

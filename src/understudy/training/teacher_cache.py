@@ -22,7 +22,7 @@ from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 from understudy.recipe.teachers import CachedTeacher
-from understudy.training.teacher_model import TEACHER, OpenedTeacher, teacher_dtype
+from understudy.training.teacher_model import OpenedTeacher, teacher_dtype
 
 __all__ = ["Example", "Examples", "describe_cache", "require_examples"]
 
@@ -82,25 +82,31 @@ def _contents(
     return TopK(min(section.kept, shared), objective.temperature, shared)
 
 
-def require_examples(sources: SourceMap, description: CacheDescription, data: Sequence[TokenCache]) -> Path:
-    """The directory of the cache that `description` names. Raises `UserError` at the recipe's line unless it is there
-    and has every example."""
+def require_examples(sources: SourceMap, description: CacheDescription, data: Sequence[TokenCache], key: str) -> Path:
+    """The directory of the cache that `description` names. Raises `UserError` unless it is there and has every example,
+    at the recipe's line of `key`, where the teacher is named."""
     directory = description.directory(cache_directory())
     if not directory.is_dir():
         raise sources.error(
-            TEACHER,
-            f"there is no cache of this teacher for this temperature and these targets yet; "
-            f"`understudy teacher cache {sources.file}` builds it.",
+            key,
+            "there is no cache yet of this teacher for this tokenizer, chat template, temperature and these targets; "
+            f"{_command(sources)} builds it.",
         )
-    with sources.placing(TEACHER):
+    with sources.placing(key):
         cache = TeacherCache.open(directory, description)
     keys = Examples(tuple(data)).keys()
     asked = keys.keys[keys.num_supervised > 0]
     missing = sum(row.tobytes() not in cache for row in asked)
     if missing:
         raise sources.error(
-            TEACHER,
+            key,
             f"the teacher's cache lacks {missing:,} of {len(asked):,} examples: data, template or length changed since "
-            f"it was built; `understudy teacher cache {sources.file}` adds them.",
+            f"it was built; {_command(sources)} adds them.",
         )
     return directory
+
+
+def _command(sources: SourceMap) -> str:
+    """What builds the cache, in words."""
+    same = " with what else was said on the command line" if sources.overridden else ""
+    return f"`understudy teacher cache {sources.file}`{same}"

@@ -54,10 +54,18 @@ def teacher_dtype(recipe: Recipe, section: LocalTeacher) -> torch.dtype:
     return _DTYPES.get(section.precision) or precision_of(recipe.training.precision).compute
 
 
-def find_directory(section: LocalTeacher, report: Callable[[str], None] = lambda line: None) -> Path:
+def find_directory(
+    section: LocalTeacher, report: Callable[[str], None] = lambda line: None, key: str = TEACHER
+) -> Path:
     """The teacher as it is loaded: found, and where the recipe asks for it quantized, once. Raises `UserError` when
-    there is no such teacher."""
-    directory = model_directory(Model(path=section.path, revision=section.revision))
+    there is no such teacher; `key` is where the recipe names it."""
+    try:
+        directory = model_directory(Model(path=section.path, revision=section.revision))
+    except UserError as error:  # which is about `model`, where another model stands
+        if error.key is None or error.file is not None:
+            raise
+        message = error.message.replace(error.key, key + error.key.removeprefix("model"))
+        raise UserError(message, key=key + error.key.removeprefix("model")) from error
     if not isinstance(section, ResidentTeacher) or section.quantization is None:
         return directory
     cache = cache_directory()
@@ -117,7 +125,6 @@ def judge_tokenizer(directory: Path, name: str, student_tokenizer: Any) -> int:
         raise UserError(
             f"the teacher {name} has another tokenizer than the student: token {different:,} is "
             f"{theirs.get(different)!r} to it and {ours.get(different)!r} to the student; name a teacher of the same "
-            "family, or set `objective.divergence: uld` with a resident or sharded one.",
-            key=TEACHER,
+            "family, or set `objective.divergence: uld` with a resident or sharded one."
         )
     return common

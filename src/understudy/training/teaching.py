@@ -80,8 +80,8 @@ def find_teachers(
     places = []
     several = isinstance(objective.teacher, sections.SeveralTeachers)
     for i, section in enumerate(objective.teachers):
+        key = f"{TEACHER}.teachers.{i}" if several else TEACHER
         if isinstance(section, sections.ServerTeacher):
-            key = f"{TEACHER}.teachers.{i}" if several else TEACHER
             with sources.placing(key):
                 places.append(find_server(section, student_tokenizer, data, key, report))
             continue
@@ -91,9 +91,11 @@ def find_teachers(
             places.append(TeacherPlace(None, None, classes, parameters=count))
             continue
         assert isinstance(section, sections.LocalTeacher), "what is left"
-        with sources.placing(TEACHER):
+        with sources.placing(key):
             _require_device(section, recipe)
-            opened = open_teacher(find_directory(section, report), teacher_dtype(recipe, section))
+            with sources.placing(f"{key}.path"):
+                directory = find_directory(section, report, key)
+            opened = open_teacher(directory, teacher_dtype(recipe, section))
             if objective.divergence == "uld":
                 vocabulary = student.config.get_text_config().vocab_size
                 aligned = align_teacher(
@@ -105,7 +107,7 @@ def find_teachers(
         cache = None
         if isinstance(section, sections.CachedTeacher):
             description = describe_cache(recipe, section, opened, student_tokenizer, shared)
-            cache = require_examples(sources, description, data)
+            cache = require_examples(sources, description, data, key)
         runs = 0 if cache else _parameters(opened)
         places.append(TeacherPlace(opened.directory, cache, shared, parameters=runs))
     return tuple(places)
@@ -123,8 +125,7 @@ def _require_device(section: sections.OneTeacher, recipe: Recipe) -> None:
     if machine.devices < 2 * processes:
         raise UserError(
             f"`device: other` needs two devices a process, and this host has {machine.devices} for {processes}; start "
-            "fewer processes, or say `device: host`.",
-            key=TEACHER,
+            "fewer processes, or say `device: host`."
         )
 
 
