@@ -31,10 +31,11 @@ def case(
     adapter: Path | None = None,
     recipe: dict[str, Any] | None = None,
     teachers: list[dict[str, Any]] | None = None,
+    chunk_rows: int | None = None,
     **training: Any,
 ) -> dict[str, Any]:
     """`adapter` is a directory to begin with, `recipe` what the recipe says besides, `teachers` where they are if the
-    recipe does not say it all."""
+    recipe does not say it all; `chunk_rows` supervised positions, or all at once, are in a chunk of the head."""
     parallel = {"replicate": 2} if isinstance(strategy, dict) and strategy.get("sharding") == "hybrid_shard" else {}
     values = {
         "name": "conformance",
@@ -55,6 +56,7 @@ def case(
         "count_reads": count_reads,
         "adapter": None if adapter is None else str(adapter),
         "teachers": teachers,
+        "chunk_rows": chunk_rows,
     }
 
 

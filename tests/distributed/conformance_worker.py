@@ -84,6 +84,8 @@ def run_case(case: dict[str, Any], world: World, weights: Path) -> dict[str, Any
     if case["teachers"] is not None:
         teachers = [TeacherPlace.of_json(place) for place in case["teachers"]]
     adapted = with_maps(adapted, recipe, teachers, None)
+    if case["chunk_rows"] is not None:
+        adapted.model.head.chunk_bytes = 4 * scenario.VOCABULARY * case["chunk_rows"]
     trained = trained_names(adapted.model)
     strategy.build(lambda: adapted.model, lambda named: make_optimizer(recipe.optimizer, named, fused=False))
     reader = CountingReader(adapted.read)

@@ -35,7 +35,9 @@ from understudy.training.job import TeacherPlace
 pytestmark = pytest.mark.distributed
 
 FOREIGN_VOCABULARY = 80
-STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3-offload")
+STRATEGIES = ("ddp", "fsdp", "fsdp-offload", "zero0", "zero1", "zero2", "zero2-offload", "zero3", "zero3-offload")
+CHUNK_ROWS = {"resident": 3, "sharded": None, "base": 5, "foreign": 4}
+"""Supervised positions that the head takes at once; a rank has up to about forty."""
 SGD = {"kind": "sgd", "learning_rate": 1.0}
 KINDS = {
     "resident": ("forward_kl", 1.0, 0.0),
@@ -95,6 +97,7 @@ class Models:
             adapter=adapter,
             recipe=parts,
             teachers=teachers,
+            chunk_rows=CHUNK_ROWS[kind],
             max_grad_norm=0.5,
         )
 
