@@ -46,7 +46,7 @@ def launch(tmp_path: Path, body: str, processes: int = 2) -> RunDirectory:
 
 def commands(threads: int | None, *, accelerated: bool) -> list[dict[str, str]]:
     cluster = Cluster(cores=8, accelerated=accelerated, rendezvous=Path("/x/meet"), threads=threads)
-    return [dict(c.environment) for c in LocalLauncher().commands(RunSpec(("work",), 3), cluster)]
+    return [dict(c.environment) for c in LocalLauncher().commands(RunSpec(("work",), 3, 0, 3), cluster)]
 
 
 def test_each_process_is_told_its_place_and_where_to_meet() -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 def command(recipe: Path, overrides: tuple[str, ...], overwrite: bool) -> int:
     """Train a model as RECIPE says: prepare data, start processes, train, evaluate, save, prove that it loads.
 
-    Starts one process a device on this host, or cluster.processes of them. Under torchrun, accelerate launch, deepspeed
-    or srun it is one of their processes.
+    Starts one process a device on this host, or cluster.processes of them; with NNODES, NODE_RANK, MASTER_ADDR and
+    MASTER_PORT set, as one of several hosts. Under torchrun, accelerate launch, deepspeed or srun it is one of their
+    processes.
 
     Example: understudy train recipe.yaml training.epochs=1 cluster.processes=2
     """
@@ -39,11 +40,16 @@ def command(recipe: Path, overrides: tuple[str, ...], overwrite: bool) -> int:
 
 
 def _train(path: Path, overrides: tuple[str, ...], environment: ProcessEnvironment | None, *, overwrite: bool) -> None:
+    from understudy.recipe.environment import host_environment
     from understudy.recipe.load import load_recipe
-    from understudy.training.start import start_as_worker, start_locally
 
+    host = host_environment()
     recipe, sources = load_recipe(path, overrides)
     if environment is None:
-        start_locally(recipe, sources, overwrite=overwrite, say=click.echo)
+        from understudy.training.start import start_locally
+
+        start_locally(recipe, sources, overwrite=overwrite, say=click.echo, host=host)
     else:
+        from understudy.training.as_worker import start_as_worker
+
         start_as_worker(recipe, sources, environment, overwrite=overwrite, say=click.echo)

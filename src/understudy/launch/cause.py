@@ -86,11 +86,12 @@ class Shortage:
 class FailedRunError(UnderstudyError):
     """A process of the run failed; carries that process's message and exit status."""
 
-    def __init__(self, message: str, exit_status: int, *, refused: bool = False) -> None:
-        """`refused`: as in `Cause`."""
+    def __init__(self, message: str, exit_status: int, *, refused: bool = False, secondary: bool = False) -> None:
+        """`refused`: as in `Cause`. `secondary`: most likely it follows from another process's failure."""
         super().__init__(message)
         self.exit_status = exit_status
         self.refused = refused
+        self.secondary = secondary
 
 
 class ShortOfMemoryError(FailedRunError):
@@ -157,7 +158,9 @@ def _failed(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> FailedRunEr
     when = "before training" if cause.step is None else f"after step {cause.step}"
     message = f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})"
     shortage = shortage_of(cause, log, causes)
-    return FailedRunError(message, cause.exit_status) if shortage is None else ShortOfMemoryError(message, shortage)
+    if shortage is not None:
+        return ShortOfMemoryError(message, shortage)
+    return FailedRunError(message, cause.exit_status, secondary=cause.peer_failed)
 
 
 def _lost(end: Exit, log: Path, causes: Mapping[int, Cause], starved: str | None) -> UnderstudyError:

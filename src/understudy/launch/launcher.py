@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["Cluster", "Launcher", "NodeCommand", "RunSpec"]
+__all__ = ["Cluster", "Launcher", "NodeCommand", "RunSpec", "Share"]
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,25 @@ class RunSpec:
     arguments: tuple[str, ...]
     """Command line of each process."""
     processes: int
+    """On this host,"""
+    first_rank: int
+    """of which the first has this rank"""
+    world_size: int
+    """of so many on all hosts."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """This host's part of a run on several."""
+
+    first_rank: int
+    world_size: int
+    address: str
+    """Of the first host, and"""
+    port: int
+    """that of the store its launcher keeps there."""
+    attempt: int
+    """How often the run was started before."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,8 @@ class Cluster:
     """A path that does not exist yet, on a disk all processes see, where they find each other."""
     threads: int | None
     """Threads a process, when the user chose them."""
+    share: Share | None = None
+    """Where other hosts take part."""
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,17 @@ _TOKENS_ON_CPU = 2048
 
 
 def resolve(
-    recipe: Recipe, machine: Machine, processes: int, precision: str, plan: Plan | None = None, *, why: str = ""
+    recipe: Recipe,
+    machine: Machine,
+    processes: int,
+    precision: str,
+    plan: Plan | None = None,
+    *,
+    nodes: int = 1,
+    why: str = "",
 ) -> tuple[Recipe, tuple[str, ...]]:
-    """The recipe with no `auto` left, and a line for each choice that was made: one for all that `plan` chooses.
+    """The recipe with no `auto` left, for `processes` in all on `nodes` hosts, and a line for each choice that was
+    made: one for all that `plan` chooses.
 
     Without a plan, or where nothing of it fits, the usual choices are taken. `precision` is what `auto` comes to here
     (`plan.estimate.usual_precision`). `why` replaces the reason that the line gives. `attention` stays for the device
@@ -42,9 +50,11 @@ def resolve(
     if recipe.data.num_workers == "auto":
         top["data"] = recipe.data.model_copy(update={"num_workers": machine.cores})
         choices.append(f"data.num_workers: {machine.cores}, one a core")
-    if recipe.cluster.processes != processes:
-        top["cluster"] = recipe.cluster.model_copy(update={"processes": processes})
-        choices.append(f"cluster.processes: {processes}")
+    per_host = -(-processes // nodes)
+    if (recipe.cluster.processes, recipe.cluster.nodes) != (per_host, nodes):
+        top["cluster"] = recipe.cluster.model_copy(update={"processes": per_host, "nodes": nodes})
+        hosts = f" on each of {nodes} hosts" if nodes > 1 else ""
+        choices.append(f"cluster.processes: {per_host}{hosts}")
     return recipe.model_copy(update=top), tuple(choices)
 
 

@@ -238,15 +238,22 @@ class Logging(Section):
 
 class Cluster(Section):
     processes: Processes | Literal["auto"] = "auto"
-    """Processes to start: one a device, or one on a machine without. Over several hosts, of all of them together."""
+    """Processes to start on each host: one a device, or one on a machine without."""
     nodes: Count = 1
-    """Hosts that run it together; NNODES of the environment, where it is set."""
+    """Hosts that run it together."""
     min_nodes: Count | None = None
     """Go on with as few hosts when some are lost; with all when left out."""
     max_restarts: Annotated[int, Field(ge=0, lt=2**31)] = 0
     """How often to start again, from the last checkpoint, when a process or a host is lost."""
     hang_seconds: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 600.0
     """A run in which no process gets on for so long is ended."""
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all hosts, of a recipe that is resolved; more than there are where hosts have different
+        numbers."""
+        assert self.processes != "auto", "the recipe must be resolved first"
+        return self.processes * self.nodes
 
 
 class Recipe(Section):

@@ -67,18 +67,20 @@ def choose(
         if plan.chosen is None and before is not None:
             before, plan = None, plan_for(settled, sources, hardware, here=True, shapes=shapes)
     except UserError as unknown:
-        lines = resolve(recipe, machine, processes, precision, why=f"as usual; not planned, for {_clause(unknown)}")
+        lines = resolve(
+            recipe, machine, processes, precision, nodes=nodes, why=f"as usual; not planned, for {_clause(unknown)}"
+        )
         return _chosen(*lines)
     if plan.chosen is None:
-        return _chosen(*resolve(recipe, machine, processes, precision), _tried_all_the_same(settled, plan))
+        return _chosen(*resolve(recipe, machine, processes, precision, nodes=nodes), _tried_all_the_same(settled, plan))
     why = "" if before is None else "as this run began"
-    return _chosen(*resolve(recipe, machine, processes, precision, plan, why=why))
+    return _chosen(*resolve(recipe, machine, processes, precision, plan, nodes=nodes, why=why))
 
 
-def choose_as_usual(recipe: Recipe, machine: Machine, processes: int) -> Chosen:
+def choose_as_usual(recipe: Recipe, machine: Machine, processes: int, *, nodes: int = 1) -> Chosen:
     """Without a plan: for what does not train, and for a process whose choice does not count."""
-    precision = usual_precision(recipe, hardware_here(recipe, machine, processes))
-    return _chosen(*resolve(recipe, machine, processes, precision))
+    precision = usual_precision(recipe, hardware_here(recipe, machine, -(-processes // nodes), nodes))
+    return _chosen(*resolve(recipe, machine, processes, precision, nodes=nodes))
 
 
 def find_earlier(recipe: Recipe, *, overwrite: bool) -> Earlier | None:
@@ -114,7 +116,7 @@ def _precision_of(recipe: Recipe, earlier: Earlier | None) -> str | None:
 def _as_before(recipe: Recipe, earlier: Earlier | None, processes: int) -> Recipe | None:
     """`recipe` with what the earlier run took; None where the two are not alike in all that the recipe fixes."""
     before = None if earlier is None else earlier.recipe
-    if before is None or before.cluster.processes != processes or not planned_fields(recipe):
+    if before is None or before.cluster.world_size != processes or not planned_fields(recipe):
         return None
     ours, theirs = _fields(recipe), _fields(before)
     own, then = ours["strategy"], theirs["strategy"]

@@ -12,13 +12,14 @@ __all__ = ["opening_lines", "strategy_name"]
 def opening_lines(prepared: Prepared) -> str:
     """What is about to run."""
     recipe = prepared.job.recipe
-    processes = recipe.cluster.processes
+    processes, nodes = recipe.cluster.world_size, recipe.cluster.nodes
     evaluation = f", {prepared.evaluation_examples:,} for evaluation" if prepared.evaluation_examples else ""
     return "\n".join(
         [
             f"{recipe.name}: {prepared.job.sources.file} → {recipe.output_dir}",
             f"strategy {strategy_name(recipe.strategy)}, precision {recipe.training.precision}, {processes} "
-            + ("process" if processes == 1 else "processes"),
+            + ("process" if processes == 1 else "processes")
+            + (f" on {nodes} hosts" if nodes > 1 else ""),
             f"model {prepared.model_type}, {prepared.parameters:,} parameters{_trained_part(prepared)}",
             *_teacher_lines(prepared),
             f"data {prepared.examples:,} examples an epoch{evaluation}; {prepared.steps:,} steps of "

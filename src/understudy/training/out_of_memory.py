@@ -138,7 +138,8 @@ def would_fit(job: Job, machine: Machine) -> str:
     recipe = recipe.model_copy(update={"data": data})
     try:
         processes = recipe.cluster.processes
-        hardware = hardware_here(recipe, machine, None if processes == "auto" else processes)
+        per_host = None if processes == "auto" else processes
+        hardware = hardware_here(recipe, machine, per_host, recipe.cluster.nodes)
         tried = plan_for(recipe, sources, hardware, here=True, levers=False)
         row = next(row for row in tried.rows if _without_buckets(row.strategy) == _without_buckets(recipe.strategy))
         limit = min(tried.limit_bytes, int(_CERTAINLY_LESS * row.device_peak_bytes))
@@ -166,9 +167,7 @@ def longest_example(job: Job) -> int:
 
 def _most_of_a_step(job: Job) -> int:
     """No more tokens than this are in a micro-batch, where examples are dealt out evenly."""
-    processes = job.recipe.cluster.processes
-    assert processes != "auto", "the recipe must be resolved first"
-    examples = math.ceil(job.recipe.training.global_batch_size / processes)
+    examples = math.ceil(job.recipe.training.global_batch_size / job.recipe.cluster.world_size)
     return int(np.sort(TokenCache.open(job.train).lengths)[-examples:].sum())
 
 
@@ -193,7 +192,7 @@ def _settings(recipe: Recipe, machine: Machine) -> dict[str, Any]:
     training = recipe.training
     return {
         "strategy": recipe.model_dump(mode="json")["strategy"],
-        "processes": recipe.cluster.processes,
+        "processes": recipe.cluster.world_size,
         "memory_limit": training.memory_limit,
         "device_bytes": machine.device_bytes,
         "activation_checkpointing": training.activation_checkpointing,

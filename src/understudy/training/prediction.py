@@ -35,9 +35,8 @@ def predicted_bytes(job: Job, machine: Machine) -> int | None:
     kernels. On a processor it is the whole process as it is resident: with interpreter and libraries, what is offloaded
     to the host's memory, and the weights' file, which stays mapped.
     """
-    recipe, processes = job.recipe, job.recipe.cluster.processes
+    recipe, processes = job.recipe, job.recipe.cluster.world_size
     strategy, training = recipe.strategy, recipe.training
-    assert processes != "auto", "the recipe must be resolved first"
     assert strategy != "auto", "the recipe must be resolved first"
     assert training.activation_checkpointing != "auto", "the recipe must be resolved first"
     # For memory it is all the same on how many hosts they are.

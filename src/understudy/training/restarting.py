@@ -1,4 +1,4 @@
-"""Starts a run again that ran out of memory: where it goes on from, with what, and when to give up."""
+"""Starts a run again that ran out of memory or lost a process: from where, with what, and when to give up."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from contextlib import suppress
 from dataclasses import replace
 
 from understudy.checkpoint.store import CheckpointStore
-from understudy.errors import OutOfMemoryError
+from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError, UserError
 from understudy.launch.cause import Cause, Shortage, ShortOfMemoryError, shortage_of
 from understudy.launch.run_claim import Claim
 from understudy.launch.run_directory import RunDirectory
 from understudy.plan.machine import Machine
 from understudy.recipe.dump import dump_recipe
+from understudy.recipe.rules import check_processes
 from understudy.recipe.schema import Recipe
 from understudy.training.job import Job, read_job, write_job
 from understudy.training.opening import strategy_name
@@ -54,15 +55,49 @@ class Restarts:
         self._machine = machine
         self._claim = claim
         self._say = say
+        self._shortages = 0
+        self._losses = 0
         self.count = 0
+        """Restarts so far, for whatever reason."""
 
-    def prepare(self, error: ShortOfMemoryError) -> None:
-        """Readies the run directory for another start after `error`, and says so. Raises `OutOfMemoryError`, with what
-        would fit, when it has been started again often enough or nothing smaller is left."""
+    def prepare(self, error: UnderstudyError, processes: int, nodes: int) -> None:
+        """Readies the run directory for another start after `error`, in `processes` processes on `nodes` hosts, and
+        says so. Raises `error` when it is of a kind that would come again or came too often, `OutOfMemoryError`, with
+        what would fit, when there was no memory and nothing smaller is left."""
+        if isinstance(error, ShortOfMemoryError):
+            self._with_less_memory(error)
+        elif isinstance(error, LostProcessError):
+            self._after_a_loss(error, processes, nodes)
+        else:
+            raise error
+
+    def _with_less_memory(self, error: ShortOfMemoryError) -> None:
         shortage, most = error.shortage, self._job.recipe.training.out_of_memory_retries
         next_try = _next_try(self._job, shortage, self._original)
-        if next_try is None or self.count == most:
-            raise OutOfMemoryError(_given_up(self._job, shortage, self._machine, self.count)) from error
+        if next_try is None or self._shortages == most:
+            raise OutOfMemoryError(_given_up(self._job, shortage, self._machine, self._shortages)) from error
+        self._shortages += 1
+        write_lesson(self._claim.directory.memory, learned_from(self._asked, self._machine, self._job.recipe, next_try))
+        change = f" with {sizes_in_words(next_try)}, in place of {sizes_in_words(self._job.recipe)}"
+        self._go_on(next_try, f"out of memory: {shortage}", change, f"{self._shortages} of {most}")
+
+    def _after_a_loss(self, error: LostProcessError, processes: int, nodes: int) -> None:
+        recipe, most = self._job.recipe, self._job.recipe.cluster.max_restarts
+        if self._losses == most:
+            raise error
+        try:
+            check_processes(recipe, processes, self._job.sources)
+        except UserError:  # so few processes cannot run it
+            raise error from None
+        self._losses += 1
+        per_host = -(-processes // nodes)
+        cluster = recipe.cluster.model_copy(update={"nodes": nodes, "processes": per_host})
+        hosts = f" on {nodes} {'host' if nodes == 1 else 'hosts'}" if nodes != recipe.cluster.nodes else ""
+        changed = recipe.model_copy(update={"cluster": cluster})
+        self._go_on(changed, f"lost: {str(error).rstrip('.')}", hosts, f"{self._losses} of {most}")
+
+    def _go_on(self, recipe: Recipe, why: str, change: str, which: str) -> None:
+        """From the newest checkpoint, or where the run began."""
         self.count += 1
         directory = self._claim.directory
         store = CheckpointStore(directory.checkpoints)
@@ -71,14 +106,9 @@ class Restarts:
         found = newest_of(store, self._job.sources, self._say)
         if found is not None and found.progress.step >= step:
             resume, step = found.checkpoint, found.progress.step
-        write_lesson(directory.memory, learned_from(self._asked, self._machine, self._job.recipe, next_try))
-        self._say(
-            f"out of memory: {shortage}; going on from {f'step {step:,}' if step else 'the start'} with "
-            f"{sizes_in_words(next_try)}, in place of {sizes_in_words(self._job.recipe)} "
-            f"(restart {self.count} of {most})"
-        )
-        self._job = with_prediction(replace(self._job, recipe=next_try, resume=resume), self._machine)
-        self._claim.start_again(dump_recipe(readable(next_try)), step)
+        self._say(f"{why}; going on from {f'step {step:,}' if step else 'the start'}{change} (restart {which})")
+        self._job = with_prediction(replace(self._job, recipe=recipe, resume=resume), self._machine)
+        self._claim.start_again(dump_recipe(readable(recipe)), step)
         store.set_aside_after(step)
         write_job(directory.job, self._job)
 

@@ -1,157 +1,86 @@
-"""Starts a run: on this host with processes of our own, or as one process of somebody else's launcher."""
+"""Starts a run: prepares it, then runs this host's processes, alone or together with other hosts."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import replace
-from functools import partial
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from understudy.devices.detect import detect_machine
-from understudy.errors import OutOfMemoryError, StoppedError, UserError
-from understudy.launch.cause import Cause, FailedRunError, ShortOfMemoryError
+from understudy.errors import StoppedError, UnderstudyError
+from understudy.launch.cause import FailedRunError
+from understudy.launch.host_group import Alone, Group
+from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
-from understudy.launch.run_claim import Claim, claim_run_directory, require_space
+from understudy.launch.outcome import first_outcome, told_outcome
+from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.run_directory import RunDirectory
-from understudy.launch.signals import noted_signals
+from understudy.launch.run_lock import still_owned
+from understudy.launch.signals import StopRequests, noted_signals
 from understudy.plan.machine import Machine
-from understudy.recipe.dump import dump_recipe
-from understudy.recipe.environment import ProcessEnvironment, cache_directory
-from understudy.recipe.rules import check_processes
+from understudy.recipe.environment import HostEnvironment, processes_per_host
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.training.choosing import Chosen, choose, choose_as_usual, find_earlier
+from understudy.training.beginning import begin_run, choose_for_run, prepare_run
+from understudy.training.choosing import Chosen
 
 if TYPE_CHECKING:
     from understudy.training.prepare import Prepared
+    from understudy.training.restarting import Restarts
 
-__all__ = ["chosen_processes", "start_as_worker", "start_locally"]
+__all__ = ["chosen_processes", "start_locally"]
 
-STDOUT, STDERR = 1, 2
-SMALL_FILES_BYTES = 64 * 2**20
-"""What a run writes beside the final model's weights: tokenizer, metrics, logs."""
-TAKE_BACK_SECONDS = 5.0
+WORKER = "understudy.training.worker"
 
 
-def start_locally(recipe: Recipe, sources: SourceMap, *, overwrite: bool, say: Callable[[str], None]) -> None:
-    """Prepares the run here, then runs its processes on this host until they are done. Raises the first failure, and
-    `StoppedError` when asked to stop."""
+def start_locally(
+    recipe: Recipe,
+    sources: SourceMap,
+    *,
+    overwrite: bool,
+    say: Callable[[str], None],
+    host: HostEnvironment | None = None,
+) -> None:
+    """Prepares the run here, then runs its processes on this host until they are done, all of them or, where `host` is
+    one of several, its share. Raises the failure that came first, on any host, and `StoppedError` when asked to stop.
+
+    With several hosts the first one leads: it owns the run directory, which all must see, and decides where the run
+    goes on from. Processes that are lost are started again, up to `cluster.max_restarts` times, without hosts that are
+    lost as long as `cluster.min_nodes` are left.
+    """
     with noted_signals() as requests, ExitStack() as stack:
         with requests.interruptible():
             machine = detect_machine()
             processes = chosen_processes(recipe, sources, machine)
-            chosen = _chosen(recipe, sources, machine, processes, overwrite=overwrite)
-            resolved = chosen.recipe
-        path = Path(resolved.output_dir)
-        resume = resolved.checkpoint.resume
-        claim = stack.enter_context(claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say))
-        with requests.interruptible():
-            prepared = _prepare(resolved, sources, machine, claim, say)
-        _begin(prepared, chosen, claim, say)
+            group: Group = Alone()
+            if host is None:
+                _refuse_alone(recipe, sources)
+            else:
+                from understudy.training.meeting import meet
 
-        from understudy.training.restarting import Restarts
-
-        restarts = Restarts(
-            prepared.job,
-            prepared.resumed_step,
-            original=recipe,
-            asked=resolved,
-            machine=machine,
-            claim=claim,
-            say=say,
-        )
-        arguments = (sys.executable, "-m", "understudy.training.worker", str(claim.directory.path))
-        while True:
-            try:
-                launch_local(arguments, processes, claim.directory, machine.cores, accelerated=machine.accelerated)
-                return
-            except ShortOfMemoryError as error:
-                restarts.prepare(error)
-            # What has been started again has something to keep.
-            except FailedRunError as error:
-                if error.refused and not restarts.count:
-                    claim.withdraw()
-                raise
-            except StoppedError as error:
-                if not error.begun and not restarts.count:
-                    claim.withdraw()
-                raise
-
-
-def start_as_worker(
-    recipe: Recipe, sources: SourceMap, environment: ProcessEnvironment, *, overwrite: bool, say: Callable[[str], None]
-) -> None:
-    """Runs this process as one of a launcher's. Each prepares for itself, one building and the others waiting for what
-    it builds; rank 0 owns the run directory. On a failure of the run the process ends with that failure's status.
-    Raises `StoppedError` when asked to stop while it prepares."""
-    with noted_signals() as requests, ExitStack() as stack:
-        with requests.interruptible():
-            from understudy.training.console import open_console, silent_console
-            from understudy.training.prepare import prepare_job
-            from understudy.training.restarting import leave_lesson
-            from understudy.training.worker import run_worker
-
-            machine = detect_machine()
-            chosen = _chosen_as_worker(recipe, sources, machine, environment, overwrite=overwrite)
-            resolved = chosen.recipe
-        path = Path(resolved.output_dir)
-        if environment.rank == 0:
-            resume = resolved.checkpoint.resume
-            claim = stack.enter_context(
-                claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say)
-            )
-            with requests.interruptible():
-                prepared = _prepare(resolved, sources, machine, claim, say)
-            _begin(prepared, chosen, claim, say)
-            if requests.received:
-                claim.withdraw()
-            console, take_back = open_console(STDOUT), partial(_take_back, claim, stack)
-        else:
-            with requests.interruptible():
-                prepared = prepare_job(resolved, sources, lambda _: None)
-            console, take_back = silent_console(), partial(_wait_until_taken_back, RunDirectory(path))
-        requests.check()
-        learn = partial(leave_lesson, RunDirectory(path), original=recipe, asked=resolved, machine=machine)
-        report = _reporter(take_back, partial(_leave, stack), learn)
-        # The directory for logs is there once rank 0 has entered the process group.
-        entered = partial(_send_output_to, RunDirectory(path).log(environment.rank))
-        # From here on requests are for `run_worker` to look at.
-        run_worker(prepared.job, environment, console, report=report, entered=entered)
-
-
-def _chosen(
-    recipe: Recipe, sources: SourceMap, machine: Machine, processes: int, *, nodes: int = 1, overwrite: bool
-) -> Chosen:
-    check_processes(recipe, processes, sources)
-    earlier = find_earlier(recipe, overwrite=overwrite)
-    return choose(recipe, sources, machine, processes, nodes=nodes, earlier=earlier)
-
-
-def _chosen_as_worker(
-    recipe: Recipe, sources: SourceMap, machine: Machine, environment: ProcessEnvironment, *, overwrite: bool
-) -> Chosen:
-    """Rank 0's choice is everybody's in the end (`worker.run_worker`), for hosts differ in the memory that is free. The
-    first process of a host is the one to say that nothing fits there."""
-    size = environment.world_size
-    nodes = max(1, size // environment.local_world_size)
-    try:
-        return _chosen(recipe, sources, machine, size, nodes=nodes, overwrite=overwrite)
-    except OutOfMemoryError:
-        if environment.local_rank == 0:
+                group = stack.enter_context(meet(host, recipe, sources, say))
+        try:
+            counts = _counts(group, recipe, processes, requests)
+            _run(_HostRun(recipe, sources, machine, group, host, counts, requests, say), overwrite=overwrite)
+        except BaseException as error:
+            group.give_up(error)
             raise
-        return choose_as_usual(recipe, machine, size)
 
 
 def chosen_processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> int:
-    """How many processes to start on this host. Raises `UserError` when there are fewer devices."""
-    asked = recipe.cluster.processes
-    processes = max(1, machine.devices) if asked == "auto" else asked
+    """How many processes to start on this host: `cluster.processes`, or NPROC_PER_NODE of the environment. Raises
+    `UserError` when the two differ or there are fewer devices."""
+    asked, told = recipe.cluster.processes, processes_per_host()
+    if told is not None and asked not in ("auto", told):
+        raise sources.error(
+            "cluster.processes",
+            f"{asked} processes a host, but the environment has NPROC_PER_NODE={told}; unset one of the two.",
+        )
+    processes = told or (max(1, machine.devices) if asked == "auto" else asked)
     if machine.accelerated and processes > machine.devices:
         raise sources.error(
             "cluster.processes",
@@ -161,153 +90,186 @@ def chosen_processes(recipe: Recipe, sources: SourceMap, machine: Machine) -> in
     return processes
 
 
-def _prepare(
-    recipe: Recipe, sources: SourceMap, machine: Machine, claim: Claim, say: Callable[[str], None]
-) -> Prepared:
-    """Prepares the job and finds the checkpoint to go on from; writes nothing to the run directory."""
-    directory = claim.directory
-    _refuse_to_replace_what_is_named(recipe, sources, claim)
-    _require_inputs(recipe, sources)
+@dataclass(frozen=True)
+class _HostRun:
+    """What is known of a run on one of its hosts."""
 
-    from understudy.checkpoint.store import CheckpointStore
-    from understudy.training.checkpointing import most_checkpoints
-    from understudy.training.out_of_memory import as_learned, read_lesson, sizes_in_words
-    from understudy.training.prediction import with_prediction
-    from understudy.training.prepare import prepare_job, require_fit
-    from understudy.training.resume import choose_checkpoint
+    recipe: Recipe
+    sources: SourceMap
+    machine: Machine
+    group: Group
+    host: HostEnvironment | None
+    counts: dict[int, int]
+    """Processes of each host."""
+    requests: StopRequests
+    say: Callable[[str], None]
 
-    prepared = prepare_job(recipe, sources, say)
-    found = choose_checkpoint(
-        recipe,
-        sources,
-        CheckpointStore(directory.checkpoints),
-        data_digest=prepared.data_digest,
-        total_steps=prepared.steps,
-        begun_from=directory.recorded_resume if claim.may_go_on else None,
-        going_on=claim.may_go_on,
-        say=say,
-    )
-    if found is not None:
-        require_fit(prepared.job, found.checkpoint)
-    # Where a run goes on, its checkpoints are on the disk, and leave it as others come.
-    checkpoints = 1 if claim.may_go_on else most_checkpoints(recipe.checkpoint, prepared.steps)
-    needed = prepared.model_bytes + checkpoints * prepared.checkpoint_bytes + SMALL_FILES_BYTES
-    require_space(directory.path, needed, "the run", sources)
-    learned = as_learned(recipe, machine, read_lesson(directory.memory) if claim.may_go_on else None)
-    if learned != recipe:
-        say(f"memory: this run ran out of it before; it goes on with {sizes_in_words(learned)}")
-    resume = None if found is None else found.checkpoint
-    job = with_prediction(replace(prepared.job, recipe=learned, resume=resume, token=claim.token), machine)
-    return replace(prepared, job=job, resumed_step=0 if found is None else found.progress.step)
+    @property
+    def processes(self) -> int:
+        """Of all hosts that take part now."""
+        return sum(self.counts[node] for node in self.group.members)
+
+    def share(self, attempt: int) -> Share | None:
+        """This host's part of them; None where there is no other host."""
+        if self.host is None:
+            return None
+        before = sum(self.counts[node] for node in self.group.members if node < self.group.node)
+        return Share(before, self.processes, self.host.address, self.host.port, attempt)
 
 
-def _begin(prepared: Prepared, chosen: Chosen, claim: Claim, say: Callable[[str], None]) -> None:
-    """Begins the run, or goes on with it, and says what is going to happen."""
-    from understudy.checkpoint.store import CheckpointStore
-    from understudy.training.job import write_job
-    from understudy.training.opening import opening_lines
-    from understudy.training.out_of_memory import readable
-
-    recipe, step = dump_recipe(readable(prepared.job.recipe)), prepared.resumed_step
-    try:
-        if claim.may_go_on:
-            directory = claim.go_on(recipe, step)
-            store = CheckpointStore(directory.checkpoints)
-            store.clean()
-            store.set_aside_after(step)
-        else:
-            directory = claim.begin(recipe)
-        write_job(directory.job, prepared.job)
-    except OSError:
-        claim.withdraw()
-        raise
-    say("\n".join([opening_lines(prepared), *chosen.lines]))
-
-
-def _refuse_to_replace_what_is_named(recipe: Recipe, sources: SourceMap, claim: Claim) -> None:
-    named, run = Path(recipe.checkpoint.resume).resolve(), claim.directory.path.resolve()
-    if not claim.may_go_on and named.is_relative_to(run) and named.exists():
+def _refuse_alone(recipe: Recipe, sources: SourceMap) -> None:
+    if (nodes := recipe.cluster.nodes) > 1:
         raise sources.error(
-            "checkpoint.resume",
-            f"{recipe.checkpoint.resume} is in the run that --overwrite is to replace; leave out one of the two.",
+            "cluster.nodes",
+            f"{nodes} hosts, but nothing here says which one this is; start it on all with `understudy launch` or "
+            "`understudy submit`, or on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or set "
+            "cluster.nodes=1.",
         )
 
 
-def _require_inputs(recipe: Recipe, sources: SourceMap) -> None:
-    """Refuses at once what is not there: to import torch and build the model takes seconds."""
-    from understudy.data.prepare import find_sources
-    from understudy.models.source import model_directory, tokenizer_directory
-    from understudy.training.resume import require_place
+def _counts(group: Group, recipe: Recipe, processes: int, requests: StopRequests) -> dict[int, int]:
+    """Processes of each host, which have all come and are about to run the same recipe with the same software."""
+    if isinstance(group, Alone):
+        return {0: processes}
+    from understudy.training.meeting import introduction, require_alike
 
-    require_place(recipe, sources)
-    if recipe.model.path is not None:
-        with sources.placing("model.path"):
-            model_directory(recipe.model)
-    with sources.placing("model.tokenizer" if recipe.model.tokenizer else "model.path"):
-        tokenizer_directory(recipe.model)
-    find_sources(recipe, sources, cache_directory())
+    told = group.share("introduction", introduction(recipe, processes), requests.check)
+    require_alike(told)
+    return {node: one["processes"] for node, one in told.items()}
 
 
-def _reporter(
-    take_back: Callable[[], bool], leave: Callable[[], None], learn: Callable[[Cause], str]
-) -> Callable[[Cause], None]:
-    """Says a failure on what is standard error now, whatever is redirected later. One that others follow from is said
-    alone, and a refused run is taken back by `take_back`, which is false where another process speaks. All stop alike
-    on request: rank 0 says so, and calls `leave` when there is something to keep. What is to be said of a process that
-    is out of memory is `learn`'s."""
-    stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
+def _run(run: _HostRun, *, overwrite: bool) -> None:
+    nodes = len(run.counts)
+    with run.requests.interruptible():
+        chosen = choose_for_run(run.recipe, run.sources, run.machine, run.processes, nodes=nodes, overwrite=overwrite)
+    if run.group.leads:
+        _lead(run, chosen, overwrite=overwrite)
+    else:
+        _follow(run, chosen)
 
-    def report(cause: Cause) -> None:
-        stopped = cause.exit_status == StoppedError.exit_status
-        if cause.peer_failed or (stopped and cause.rank != 0) or (cause.refused and not take_back()):
+
+def _lead(run: _HostRun, chosen: Chosen, *, overwrite: bool) -> None:
+    resolved, sources, say = chosen.recipe, run.sources, run.say
+    path, resume = Path(resolved.output_dir), resolved.checkpoint.resume
+    with claim_run_directory(path, sources, overwrite=overwrite, resume=resume, report=say) as claim:
+        with run.requests.interruptible():
+            prepared = prepare_run(resolved, sources, run.machine, claim, say)
+            _require_same_data(run, prepared)
+        begin_run(prepared, chosen, claim, say)
+
+        from understudy.training.restarting import Restarts
+
+        restarts = Restarts(
+            prepared.job,
+            prepared.resumed_step,
+            original=run.recipe,
+            asked=resolved,
+            machine=run.machine,
+            claim=claim,
+            say=say,
+        )
+        try:
+            run.group.share("begun", {"directory": str(path.resolve()), "token": claim.token}, run.requests.check)
+            _attempts(run, claim.directory, (), restarts)
+        # What has been started again has something to keep.
+        except FailedRunError as error:
+            if error.refused and not restarts.count:
+                claim.withdraw()
+            raise
+        except StoppedError as error:
+            if not error.begun and not restarts.count:
+                claim.withdraw()
+            raise
+
+
+def _follow(run: _HostRun, chosen: Chosen) -> None:
+    """Each process of this host is told by rank 0 what the leading host has decided (`worker.run_worker`)."""
+    with run.requests.interruptible():
+        from understudy.training.job import write_job
+        from understudy.training.prepare import prepare_job
+
+        prepared = prepare_job(chosen.recipe, run.sources, run.say)
+        _require_same_data(run, prepared)
+        begun = run.group.share("begun", None, run.requests.check)[run.group.members[0]]
+        directory = RunDirectory(Path(begun["directory"]))
+        if not still_owned(directory.path, begun["token"]):
+            raise run.sources.error(
+                "output_dir",
+                f"{directory.path} of the first host is not seen on this one; put output_dir on a disk that all hosts "
+                "share, under the same path.",
+            )
+    with tempfile.TemporaryDirectory(prefix="understudy-") as private:
+        job = Path(private) / "job.json"
+        write_job(job, replace(prepared.job, run_directory=directory.path))
+        _attempts(run, directory, (str(job),), None)
+
+
+def _require_same_data(run: _HostRun, prepared: Prepared) -> None:
+    if isinstance(run.group, Alone):
+        return
+    from understudy.training.meeting import prepared_things, require_same_things
+
+    told = run.group.share("prepared", prepared_things(prepared), run.requests.check)
+    require_same_things(told)
+
+
+def _attempts(run: _HostRun, directory: RunDirectory, job: Sequence[str], restarts: Restarts | None) -> None:
+    """Runs the processes until all have ended well, as often as the leading host's `restarts` have it."""
+    arguments = (sys.executable, "-m", WORKER, str(directory.path), *job)
+    group, attempt = run.group, 0
+    while True:
+        outcome = _attempt(run, arguments, directory, attempt)
+        told = group.share(f"outcome {attempt}", told_outcome(outcome), _nothing, tolerant=True)
+        lost = [node for node in group.members if node not in told]
+        first = first_outcome(told, group.lost(lost) if lost else None)
+        if first is None:
             return
-        mark = "" if stopped else "error: "
-        message = cause.message if cause.shortage is None else learn(cause)
-        stream.write("".join(f"{mark}{line}\n" for line in message.splitlines()))
-        stream.flush()
-        if stopped:
-            (take_back if cause.step is None else leave)()
-
-    return report
-
-
-def _leave(stack: ExitStack) -> None:
-    """Gives up the run directory: the process ends without unwinding, and another host could not know that it has."""
-    with suppress(UserError):  # a disk that fails now; the marker then names a dead process
-        stack.close()
-
-
-def _take_back(claim: Claim, stack: ExitStack) -> bool:
-    """Leaves the run directory as if the run had not begun: the process ends without unwinding."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher stops us as soon as a peer has ended
-    claim.withdraw()
-    stack.close()
-    return True
+        if group.members[0] in lost:
+            raise first
+        group.drop(lost)
+        if restarts is not None:
+            problem = _prepare_again(run, restarts, first, len(run.counts))
+            decided = None if problem is None else told_outcome(problem)
+            group.share(f"decision {attempt}", {"again": problem is None, "end": decided}, run.requests.check)
+            if problem is not None:
+                raise problem
+        else:
+            decision = group.share(f"decision {attempt}", None, run.requests.check)[group.members[0]]
+            if not decision["again"]:
+                raise first_outcome({0: decision["end"]}, None) or first
+        attempt += 1
 
 
-def _wait_until_taken_back(directory: RunDirectory) -> bool:
-    """Whether rank 0 did not refuse the run too, within a while: a launcher kills it as soon as we are gone."""
-    begun = _identity(directory.job)
-    deadline = time.monotonic() + TAKE_BACK_SECONDS
-    while begun is not None and time.monotonic() < deadline:
-        if _identity(directory.job) != begun:
-            return False
-        time.sleep(0.05)
-    return begun is not None
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
+def _attempt(
+    run: _HostRun, arguments: tuple[str, ...], directory: RunDirectory, attempt: int
+) -> UnderstudyError | None:
+    """How the processes ended."""
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return None
-    return status.st_ino, status.st_mtime_ns
+        launch_local(
+            arguments,
+            run.counts[run.group.node],
+            directory,
+            run.machine.cores,
+            accelerated=run.machine.accelerated,
+            share=run.share(attempt),
+            watchers=[lambda: run.group.trouble(attempt)],
+        )
+    except UnderstudyError as error:
+        return error
+    return None
 
 
-def _send_output_to(log: Path) -> None:
-    """From now on whatever this process and its libraries print goes to `log`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with log.open("ab") as file:
-        os.dup2(file.fileno(), STDOUT)
-        os.dup2(file.fileno(), STDERR)
+def _prepare_again(run: _HostRun, restarts: Restarts, first: UnderstudyError, nodes: int) -> UnderstudyError | None:
+    """None where the run is ready to be started again after `first`; else what it ends with."""
+    left = len(run.group.members)
+    if left < (run.recipe.cluster.min_nodes or nodes):
+        return first
+    try:
+        restarts.prepare(first, run.processes, left)
+    except UnderstudyError as error:
+        return error
+    return None
+
+
+def _nothing() -> None:
+    """After a failure the processes are gone; what they left is told before anything else."""

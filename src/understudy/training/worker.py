@@ -60,10 +60,12 @@ __all__ = ["main", "run_worker", "training_data"]
 
 
 def main() -> None:
-    """Entry point of the processes that our own launcher starts."""
+    """Entry point of the processes that our own launcher starts: with the run directory, and where the job is another
+    file than that one's, that file."""
     if (launcher := launcher_process()) is not None:
         die_with_parent(launcher)
-    job = read_job(RunDirectory(Path(sys.argv[1])).job)
+    directory, *others = map(Path, sys.argv[1:])
+    job = read_job(others[0] if others else RunDirectory(directory).job)
     environment = process_environment()
     assert environment is not None, "a launcher sets RANK and WORLD_SIZE"
     descriptor = console_descriptor()

@@ -1,0 +1,183 @@
+"""Where the hosts of a job meet, and what must be the same on all of them before they run it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from understudy.errors import LostProcessError, UserError
+from understudy.launch.host_group import HostGroup, Store
+from understudy.recipe.environment import HostEnvironment, host_name
+from understudy.recipe.schema import Recipe
+from understudy.recipe.source_map import SourceMap
+from understudy.training.prepare import Prepared
+
+__all__ = ["introduction", "meet", "prepared_things", "require_alike", "require_same_things"]
+
+MEETING_SECONDS = 1800.0
+"""How long the first host is waited for."""
+REMIND_SECONDS = 30.0
+RETRY_SECONDS = 0.5
+STORE_TIMEOUT = timedelta(seconds=30)
+PACKAGES = ("understudy", "torch", "transformers", "peft", "deepspeed")
+
+
+@contextmanager
+def meet(host: HostEnvironment, recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> Iterator[HostGroup]:
+    """This host among those of its job. The first one opens the port where all meet, the others wait for it.
+
+    Raises `UserError` when the recipe is for another number of hosts or the port is in use, `LostProcessError` when the
+    first host does not come.
+    """
+    asked, least = recipe.cluster.nodes, recipe.cluster.min_nodes
+    if asked not in (1, host.nodes):
+        raise sources.error(
+            "cluster.nodes", f"{asked} hosts, but the environment has NNODES={host.nodes}; make them the same."
+        )
+    if least is not None and least > host.nodes:
+        raise sources.error("cluster.min_nodes", f"{least} hosts at least, but there are {host.nodes} at most.")
+    if host.node:
+        _await(host, say)
+    group = HostGroup(_open(host), host.node, host.nodes, host_name(), say)
+    try:
+        yield group
+    finally:
+        group.close()
+
+
+def introduction(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What a host tells the others of itself."""
+    return {
+        "name": host_name(),
+        "processes": processes,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "recipe": _flat(recipe.model_dump(mode="json", exclude={"cluster"})),
+    }
+
+
+def require_alike(told: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raises `UserError` naming the first host whose packages or recipe are not those of the first one."""
+    first = told[0]
+    for node, one in told.items():
+        for what, note in (("packages", "install the same on all hosts"), ("recipe", "give all hosts the same recipe")):
+            ours, theirs = first[what], one[what]
+            if differing := sorted(key for key in {*ours, *theirs} if ours.get(key) != theirs.get(key)):
+                key = differing[0]
+                more = f" ({len(differing) - 1} more differ)" if len(differing) > 1 else ""
+                raise UserError(
+                    f"{key} is {theirs.get(key)} on host {node} ({one['name']}) but {ours.get(key)} on host 0 "
+                    f"({first['name']}){more}; {note}."
+                )
+
+
+def prepared_things(prepared: Prepared) -> dict[str, Any]:
+    """What each host has prepared or found by itself, by digest."""
+    job = prepared.job
+    return {
+        "name": host_name(),
+        "the training data": prepared.data_digest,
+        "the evaluation data": None if job.evaluation is None else job.evaluation.name,
+        "the model": _model(job.model_directory),
+        "the adapter": None if job.adapter_directory is None else _model(job.adapter_directory),
+        "the teacher's cache": [None if place.cache is None else place.cache.name for place in job.teachers],
+    }
+
+
+def require_same_things(told: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raises `UserError` naming the first host that has other data or another model than the first one."""
+    first = told[0]
+    for node, one in told.items():
+        for what, digest in one.items():
+            if what != "name" and digest != first[what]:
+                raise UserError(
+                    f"{what} of host {node} ({one['name']}) are not those of host 0 ({first['name']}); copy the same "
+                    "files to all hosts, or put them on a disk that all share."
+                )
+
+
+def _await(host: HostEnvironment, say: Callable[[str], None]) -> None:
+    """Until the first host listens."""
+    began, why = time.monotonic(), ""
+    remind_at = began + REMIND_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.address, host.port), timeout=5).close()
+            return
+        except OSError as error:
+            why = str(error.strerror or error)
+        now = time.monotonic()
+        if now - began > MEETING_SECONDS:
+            raise LostProcessError(
+                f"the first host does not answer at {host.address}:{host.port} ({why}); start the command there with "
+                "NODE_RANK=0, and see that MASTER_ADDR is its address and the port is open."
+            )
+        if now > remind_at:
+            say(f"waiting for the first host at {host.address}:{host.port} ({why})")
+            remind_at = now + REMIND_SECONDS
+        time.sleep(RETRY_SECONDS)
+
+
+def _open(host: HostEnvironment) -> Store:
+    if host.node == 0:
+        with contextlib.closing(socket.socket()) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", host.port))
+            except OSError as error:
+                raise UserError(
+                    f"MASTER_PORT={host.port} cannot be opened on this host ({error.strerror}); choose another port, "
+                    "the same on every host, or end what uses it."
+                ) from error
+
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+    try:
+        return TCPStore(
+            host.address, host.port, is_master=host.node == 0, wait_for_workers=False, timeout=STORE_TIMEOUT
+        )
+    except RuntimeError as error:  # torch's own names for what goes wrong there
+        raise LostProcessError(
+            f"{host.address}:{host.port} is no meeting place of this job ({str(error).splitlines()[0]}); see that "
+            "MASTER_ADDR and MASTER_PORT are the same on every host."
+        ) from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """By dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{before}{key}"
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{name}.")
+        elif isinstance(value, list):
+            flat |= _flat({str(index): entry for index, entry in enumerate(value)}, f"{name}.")
+        else:
+            flat[name] = value
+    return flat
+
+
+def _model(directory: Path) -> str:
+    """Tells one model from another by its configuration and the sizes of its files, without reading its weights."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.glob("*")):
+        if file.suffix in (".safetensors", ".json"):
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    for name in ("config.json", "adapter_config.json"):
+        if (directory / name).exists():
+            digest.update((directory / name).read_bytes())
+    return digest.hexdigest()
