@@ -71,6 +71,7 @@ def simulated(given: Case) -> int:
             processes=PROCESSES,
             micro_batches=micro_batches,
             kernel="documents",
+            gloo=True,
         )
     return found.peak_bytes
 

@@ -155,3 +155,22 @@ def test_two_gradients_of_one_tensor_take_the_room_of_one() -> None:
     assert live.moments[-1].peak_bytes - before <= 3 * weight.nbytes
     assert weight.grad is not None
     assert torch.equal(weight.grad, torch.full_like(weight, 5.0))
+
+
+def test_what_gloo_copies_to_sum_and_deal_out_is_counted_on_processors_alone(run: Any) -> None:
+    short: dict[str, Any] = {"data": {"train": [{"path": "a.jsonl"}], "max_length": 16}}
+    training = {"precision": "bf16", "micro_batch_tokens": 16, "activation_checkpointing": "none"}
+    peaks = {}
+    for hardware in ("2xcpu:8GiB", "2xA100-40GB"):
+        moments = exact_of(run, "--hardware", hardware, training=training, **short)["timeline"]
+        peaks[hardware] = max(moment["peak_bytes"] for moment in moments if moment["moment"] == "backward layer 0")
+    copied = 4 * SMALL["vocab_size"] * SMALL["hidden_size"]
+    assert peaks["2xcpu:8GiB"] - peaks["2xA100-40GB"] >= copied
+
+
+def test_a_simulation_compiles_nothing(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for compiler in ("CC", "CXX"):
+        monkeypatch.setenv(compiler, str(tmp_path / "no-compiler"))
+    monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "operators"))
+    assert exact_of(run, "--hardware", "2xA100-80GB", strategy="zero3-offload")["tensor_peak_bytes"] > 0

@@ -127,6 +127,7 @@ def simulate_plan(recipe: Recipe, plan: Plan, teachers: Sequence[ModelShape | No
             processes=hardware.devices,
             micro_batches=row.micro_batches,
             kernel=kernel_for(plan.shape.sizes, device.api, device.capability, itemsize, recipe.model.attention),
+            gloo=not hardware.accelerated,
             teachers=teachers,
         )
     return Exact(row, hardware.devices, found, _offloads(row.strategy))

@@ -6,17 +6,20 @@ import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # registers collectives for tensors without memory
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from understudy.parallel.world import World
 
-__all__ = ["answer_reducer", "simulated_group"]
+__all__ = ["GlooCopies", "answer_reducer", "simulated_group"]
 
 
 @contextmanager
@@ -38,6 +41,19 @@ def simulated_group(size: int) -> Iterator[World]:
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+class GlooCopies(TorchDispatchMode):
+    """Inside, what is summed and dealt out is copied first, as gloo does (`ProcessGroupGloo`, 2.13): it all-reduces the
+    copy, and takes the process's part out of it."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is DTensor for kind in types):
+            return NotImplemented  # its local part comes by itself
+        copy = args[1].clone() if function is torch.ops.c10d._reduce_scatter_base_.default else None
+        done = function(*args, **(kwargs or {}))
+        del copy
+        return done
 
 
 def answer_reducer(module: nn.Module) -> None:

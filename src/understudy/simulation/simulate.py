@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import cast
@@ -19,8 +19,8 @@ from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.plan.shape.model import ModelShape
 from understudy.recipe.schema import Recipe
-from understudy.simulation.group import answer_reducer, simulated_group
-from understudy.simulation.hollow_optimizer import hollow_host_optimizer
+from understudy.simulation.group import GlooCopies, answer_reducer, simulated_group
+from understudy.simulation.hollow_operators import hollow_operators
 from understudy.simulation.hollow_tensors import HollowTensors, hollow_parameters
 from understudy.simulation.live_tensors import Alive, LiveTensors, Moment
 from understudy.simulation.subject import HOST, SimulatedDevice, make_student, make_teachers, make_teaching
@@ -51,24 +51,25 @@ def simulate(
     processes: int,
     micro_batches: int,
     kernel: str,
+    gloo: bool = False,
     teachers: Sequence[ModelShape | None] = (),
 ) -> Simulation:
     """Two steps of `recipe`, resolved, on `processes` processes: of one micro-batch, or of two where a step has more.
 
     A micro-batch has `training.micro_batch_tokens` tokens in examples of at most `data.max_length`, all supervised.
-    `kernel` is the attention of the real device as the plan has it; `shape` and `teachers` are as in
+    `kernel` is the attention of the real device as the plan has it, `gloo` says whose collectives it has; `shape` and `teachers` are as in
     `plan.search.best`. No process group may exist. Raises `UserError` where recipe and model do not go together.
     """
     began = time.monotonic()
     tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
     assert tokens != "auto", "the recipe must be resolved first"
     device = SimulatedDevice(kernel)
-    with simulated_group(processes) as world, _placed_already(), hollow_host_optimizer(), warnings.catch_warnings():
+    with simulated_group(processes) as world, _placed_already(), hollow_operators(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages, about arguments and tensors that are not what they seem
         model = make_student(recipe, shape, device)
         teaching_models = make_teachers(recipe, teachers, device)
         batch = flat_batch(tokens, longest)
-        with HollowTensors() as hollow, LiveTensors() as live:
+        with HollowTensors() as hollow, LiveTensors() as live, GlooCopies() if gloo else nullcontext():
             live.mark("build")
             for made in (model, *filter(None, teaching_models)):
                 hollow_parameters(made, hollow.fake)

@@ -1,4 +1,5 @@
-"""DeepSpeed's optimizer for host memory without its arithmetic, which reads memory that simulated tensors have not."""
+"""DeepSpeed without its compiled operators: they read memory that simulated tensors have not, and take a minute to
+compile."""
 
 from __future__ import annotations
 
@@ -7,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-__all__ = ["hollow_host_optimizer"]
+__all__ = ["hollow_operators"]
 
 
 class _Arithmetic:
-    """In place of the compiled operator: it makes nothing and updates nothing."""
+    """In place of the optimizer for host memory: it makes nothing and updates nothing."""
 
     def create_adam(self, *settings: object) -> None: ...
 
@@ -26,18 +27,22 @@ class _Builder:
 
 
 @contextmanager
-def hollow_host_optimizer() -> Iterator[None]:
-    """Inside, `DeepSpeedCPUAdam` makes its state and leaves all values as they are."""
+def hollow_operators() -> Iterator[None]:
+    """Inside, DeepSpeed compiles nothing and does without operators; `DeepSpeedCPUAdam` makes its state and leaves all
+    values as they are."""
     if find_spec("deepspeed") is None:
         yield
         return
     from understudy.strategies.deepspeed import import_deepspeed
 
-    import_deepspeed()
+    deepspeed = import_deepspeed()
+    accelerator = deepspeed.accelerator.get_accelerator()
     module = importlib.import_module("deepspeed.ops.adam.cpu_adam")
     builder = module.CPUAdamBuilder
     setattr(module, "CPUAdamBuilder", _Builder)  # noqa: B010
+    accelerator.create_op_builder = lambda name: None  # as one answers that does not have the operator
     try:
         yield
     finally:
+        del accelerator.create_op_builder
         setattr(module, "CPUAdamBuilder", builder)  # noqa: B010
