@@ -174,7 +174,7 @@ def test_when_nothing_fits_the_answer_is_the_next_lever_and_status_0(run: Any) -
         ({}, "cpu:40GiB", "set `adapter: lora` ("),
         ({}, "cpu:20GiB", "set `adapter: lora` and `quantization: {bits: 4}`"),
         ({"adapter": "lora"}, "cpu:20GiB", "set `quantization: {bits: 4}`"),
-        ({"adapter": "lora", "quantization": {"bits": 4}}, "cpu:6GiB", "take 8 hosts"),
+        ({"adapter": "lora", "quantization": {"bits": 4}}, "cpu:6GiB", "take 16 hosts"),
         ({"strategy": "fsdp"}, "A100-40GB", "set `strategy: auto`"),
     ],
 )

@@ -57,7 +57,8 @@ def simulate(
     """Two steps of `recipe`, resolved, on `processes` processes: of one micro-batch, or of two where a step has more.
 
     A micro-batch has `training.micro_batch_tokens` tokens in examples of at most `data.max_length`, all supervised.
-    `kernel` is the attention of the real device as the plan has it, `gloo` says whose collectives it has; `shape` and `teachers` are as in
+    `kernel` is the attention of the real device as the plan has it, and `gloo` says whether its collectives are gloo's;
+    `shape` and `teachers` are as in
     `plan.search.best`. No process group may exist. Raises `UserError` where recipe and model do not go together.
     """
     began = time.monotonic()

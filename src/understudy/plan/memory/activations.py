@@ -35,6 +35,12 @@ class Activations:
     """Kept of all layers at the end of the forward pass."""
     last_norm: Line
     """Kept of the last norm, until layers go backward."""
+    norm_backward: tuple[Line, ...]
+    """What is held of the last norm as it goes backward, what was kept of it included."""
+    state: Line
+    """A layer's input or output."""
+    forward: tuple[Line, ...]
+    """Beside what is kept, as the last layer goes forward; the highest counts."""
     batch: Line
     """Of the batch itself and its rotary angles."""
     working: tuple[Line, ...]
@@ -70,17 +76,23 @@ def trace_activations(
     accumulates_layer: bool = False,
 ) -> Activations:
     """Of a network that computes in `itemsize` bytes, under a strategy with these habits (`Costs`)."""
-    total, working, sending = Line(0.0, 0.0), list[Line](), list[Line]()
+    total, state = Line(0.0, 0.0), Line(0.0, float(network.shape.sizes.hidden * itemsize))
+    forward, working, sending = list[Line](), list[Line](), list[Line]()
     for group, traced in _traces(network, itemsize, kernels, casts=casts, made=made, accumulates=accumulates_layer):
         if not _backward_reaches(group):
             continue
-        kept, beside = _treated(traced, checkpointing, float(network.shape.sizes.hidden * itemsize))
+        kept, beside = _treated(traced, checkpointing, state.each)
+        forward = [line - kept for line in _forward(traced, checkpointing)]
+        if checkpointing == "selective":
+            working += [line - kept for line in traced.tape.again(traced.output)]
         total += kept.times(group.count)
         working += [line - beside for line in traced.tape.backward(traced.output)]
         sending += [line - beside for line in traced.tape.backward(traced.output, with_weights=True)]
     return Activations(
         total,
-        _last_norm(network, itemsize),
+        *_last_norm(network, itemsize, made),
+        state,
+        tuple(forward),
         _batch(network, itemsize),
         tuple(working),
         tuple(sending),
@@ -148,12 +160,20 @@ def _treated(traced: Traced, checkpointing: Checkpointing, state: float) -> tupl
     return cached + Line(0.0, state), cached + again
 
 
-def _last_norm(network: Network, itemsize: int) -> Line:
+def _forward(traced: Traced, checkpointing: Checkpointing) -> tuple[Line, ...]:
+    tape, output = traced.tape, traced.output
+    if checkpointing == "none":
+        return tape.forward_saving(output)
+    return tape.forward_caching(output) if checkpointing == "selective" else tape.forward(output)
+
+
+def _last_norm(network: Network, itemsize: int, made: int) -> tuple[Line, tuple[Line, ...]]:
+    """What is kept of it, and what it holds in its backward pass."""
     sizes = network.shape.sizes
     trained = any(held.trained and held.role == "norm" for held in network.outside)
-    tape = Tape(Treatment(itemsize, trained=lambda name: trained))
-    norm(tape, sizes, tape.input(sizes.hidden), sizes.family.last_norm, (sizes.hidden,))
-    return tape.saved()
+    tape = Tape(Treatment(itemsize, trained=lambda name: trained, made=made))
+    output = norm(tape, sizes, tape.input(sizes.hidden), sizes.family.last_norm, (sizes.hidden,))
+    return tape.saved(), tape.backward(output)
 
 
 def _batch(network: Network, itemsize: int) -> Line:

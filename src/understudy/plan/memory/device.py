@@ -33,7 +33,7 @@ in steady state, with blocks rounded to 2 MiB."""
 @dataclass(frozen=True)
 class DevicePeak:
     moment: str
-    """entry, turn, loss, head, layers, embedding, sending, step or teacher: when the peak is."""
+    """entry, forward, turn, loss, head, norm, layers, embedding, sending, step or teacher: when the peak is."""
     breakdown: dict[str, int]
     """Bytes of each of `COMPONENTS` then."""
 
@@ -58,7 +58,7 @@ def device_peak(
     moments: list[tuple[str, Instant, int, int, int]] = [
         ("loss", costs.loss, everything, head.loss_bytes(tokens), said),
         ("head", costs.head, everything, head.kept_bytes(tokens), said),
-        ("embedding", costs.embedding, int(activations.per_layer * kept) + batch, 0, said),
+        ("embedding", costs.embedding, activations.state.at(tokens) + batch, 0, said),
         ("step", costs.step, 0, 0, 0),
     ]
     if costs.entry is not None:
@@ -67,6 +67,10 @@ def device_peak(
         moments.append(("turn", costs.turn, everything, 0, said))
     if costs.sending is not None:
         moments.append(("sending", costs.sending, batch, 0, said))
+    ahead = kept + batch + max(0, peak(activations.forward, tokens))
+    moments.append(("forward", costs.turn or costs.forward or costs.loss, ahead, 0, said))
+    if costs.layers:
+        moments.append(("norm", costs.layers[0], kept + batch + peak(activations.norm_backward, tokens), 0, said))
     working, sending = peak(activations.working, tokens), peak(activations.sending, tokens)
     for instant in costs.layers:
         # The last of the layers is still at work when the share is whole.

@@ -44,19 +44,21 @@ def follow(
     head: int,
     embedding: int | None,
     *,
+    returns: bool = True,
     live: int,
     ahead: int,
     reuse: int,
 ) -> Fetched:
     """Of a step: `frozen` and `layers` are the elements of the decoder layers' large weights in order, first those that
-    no gradient reaches; `head` is the output layer's, `embedding` that of a table of its own. `live`, `ahead` and
+    no gradient reaches; `head` is the output layer's, `embedding` that of a table of its own; the backward pass
+    `returns` to it where something before the layers is trained. `live`, `ahead` and
     `reuse` are DeepSpeed's `stage3_max_live_parameters`, `stage3_prefetch_bucket_size`, `stage3_max_reuse_distance`."""
     sizes = [head if embedding is None else embedding, *frozen, *layers]
     last = 0 if embedding is None else len(sizes)
     if embedding is not None:
         sizes.append(head)
     forward = [*range(len(frozen) + len(layers) + 1), last]
-    order = forward + forward[:0:-1][: 1 + len(layers)] + ([] if frozen else [0])
+    order = forward + forward[:0:-1][: 1 + len(layers)] + ([0] if returns and not frozen else [])
     whole: set[int] = set()
     needed: dict[int, int] = {}
     pointer, there, seen = 0, 0, list[int]()

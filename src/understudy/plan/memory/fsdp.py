@@ -58,6 +58,7 @@ def fsdp_costs(setting: Setting) -> Costs:
         moments=0 if strategy.offload else moments,
         # A buffer is let go when the next one is waited for, the root's behind the first layer's.
         entry=Instant(gathered=root + root_buffer + layer + buffer, gradients=there),
+        forward=Instant(gathered=root + (layers_whole or layer + buffer), gradients=there),
         # The last layer's buffer is let go behind the loss.
         loss=Instant(gathered=root + (layers_whole or buffer), gradients=there),
         head=Instant(gathered=root + (layers_whole or root_buffer), gradients=there + head),

@@ -139,6 +139,8 @@ class Costs:
     """As the optimizer steps."""
     entry: Instant | None = None
     """As the first layer begins, where more is there then than what computes."""
+    forward: Instant | None = None
+    """As the last layer goes forward, where more is there then than in the head."""
     turn: Instant | None = None
     """As the forward pass ends, before the head, where that is another moment."""
     sending: Instant | None = None

@@ -36,6 +36,8 @@ def _stage_1(setting: Setting) -> Costs:
     gradients = wide + (compute * trained if bf16 else 0)
     there = gradients if setting.accumulates else wide if bf16 else 0
     bucket = 0 if bf16 else FP32 * min(setting.sizes["reduce_bucket_size"], trained)
+    waits = 0 if bf16 else _waiting(setting)
+    last = compute * (setting.layer_trained + (0 if setting.network.shape.sizes.tied else setting.embedding_gradient))
     return Costs(
         weights=setting.held_bytes(compute) + FP32 * part,
         moments=moment_bytes(setting, _part(setting), FP32),
@@ -44,10 +46,11 @@ def _stage_1(setting: Setting) -> Costs:
         head=Instant(gradients=there + compute * setting.head_gradient, communication=bucket),
         layers=(
             Instant(gradients=there + compute * setting.head_gradient, communication=bucket),
-            Instant(1.0, gradients=max(there, gradients), communication=bucket),
+            # As the last one is at work, its gradients are still to be made.
+            Instant(1.0, gradients=max(there, gradients - last), communication=bucket),
         ),
         embedding=Instant(
-            1.0, gradients=max(there, gradients) + compute * setting.embedding_gradient, communication=bucket
+            1.0, gradients=max(there + waits, gradients) + compute * setting.embedding_gradient, communication=bucket
         ),
         # Gradients are sent where they are, but for those of a small model in bf16, which are put together first.
         sending=Instant(
@@ -78,8 +81,7 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
     sent = compute * bucket + (0 if wide else FP32 * bucket)
     filled = filled_at(setting, bucket)
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
-    # The gradient of a tied table waits for its other part.
-    waits = head if network.shape.sizes.tied else 0
+    waits = _waiting(setting)
     layers = [Instant(gradients=there + waits, communication=compute * bucket)]
     if bucket < trained:  # else the only one is sent when all layers are done
         full = Instant(filled, gradients=there + waits, communication=compute * bucket + sent, sends=True)
@@ -91,7 +93,9 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
         for numel in (setting.head_gradient, setting.embedding_gradient)
     )
     master, moments = FP32 * part, moment_bytes(setting, _part(setting), FP32)
-    host = master + moments + FP32 * part + compute * part + scratch + (FP32 * part if wide else 0)
+    host = master + moments + FP32 * part + compute * part + scratch
+    # In fp32 gradients of several micro-batches are added up there, all of each tensor of which a process has a part.
+    host += FP32 * max(part, network.head_numel if setting.embedding_gradient else 0) if wide else 0
     return Costs(
         weights=setting.held_bytes(compute) + scratch + (0 if offload else master),
         moments=0 if offload else moments,
@@ -100,7 +104,9 @@ def _stage_2(setting: Setting, stage: int, offload: bool) -> Costs:
             gradients=(gradients if head_alone else there) + head, communication=compute * bucket + head_alone
         ),
         layers=tuple(layers),
-        embedding=Instant(1.0, gradients=gradients + embedding, communication=compute * bucket + embedding_alone),
+        embedding=Instant(
+            1.0, gradients=gradients + embedding, communication=compute * bucket + max(waits, embedding_alone)
+        ),
         sending=Instant(1.0, gradients=gradients, communication=compute * bucket + sent),
         step=Instant(
             1.0,
@@ -117,6 +123,11 @@ def filled_at(setting: Setting, bucket: int) -> float:
     first, but a tied one with the embedding's, and one that is larger than a bucket is sent alone."""
     head = 0 if setting.network.shape.sizes.tied or setting.head_gradient > bucket else setting.head_gradient
     return min(1.0, (bucket - head) / max(1, setting.network.trained - setting.outside_numel))
+
+
+def _waiting(setting: Setting) -> int:
+    """The head's gradient, which where the table is tied waits for its other part."""
+    return setting.precision.compute * setting.head_gradient if setting.network.shape.sizes.tied else 0
 
 
 def _part(setting: Setting) -> Callable[[Held], int]:

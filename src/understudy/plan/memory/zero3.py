@@ -42,7 +42,9 @@ def zero3_costs(setting: Setting) -> Costs:
     host += 0 if optimizer == "none" else 3 * FP32 * mine + moments
     fetched, table = _fetched(setting), compute * network.head_numel
     turn, loss = compute * fetched.turn, compute * fetched.head
-    ahead = compute * min(setting.sizes["stage3_prefetch_bucket_size"], _everything(setting))
+    # Of what is fetched ahead in one piece a head of its own may be the larger part; a tied one is there already.
+    largest = 0 if network.shape.sizes.tied else network.head_numel
+    ahead = compute * min(max(setting.sizes["stage3_prefetch_bucket_size"], largest), _everything(setting))
     head, embedding = compute * setting.head_gradient, compute * setting.embedding_gradient
     # A bucket is copied as it is sent; the head and the embedding may be larger than it, and are sent alone.
     sent = min(bucket, FP32 * network.trained) * (2 if setting.gloo else 1)
@@ -68,7 +70,7 @@ def zero3_costs(setting: Setting) -> Costs:
         loss=Instant(gathered=loss, gradients=gradients, communication=bucket),
         head=Instant(gathered=loss, gradients=gradients + head, communication=bucket + alone),
         layers=tuple(layers),
-        embedding=Instant(1.0, gathered=table, gradients=gradients + embedding, communication=bucket),
+        embedding=Instant(1.0, gathered=table, gradients=gradients + embedding, communication=bucket + waits),
         sending=Instant(1.0, gathered=table, gradients=gradients, communication=bucket + max(sent, alone)),
         step=Instant(
             1.0,
@@ -119,6 +121,7 @@ def _fetched(setting: Setting) -> Fetched:
         layers,
         tables.get("head", tables["embedding"]),
         tables["embedding"] if "head" in tables else None,
+        returns=network.embedding_trained or network.prompt > 0,
         live=sizes["stage3_max_live_parameters"],
         ahead=sizes["stage3_prefetch_bucket_size"],
         reuse=sizes["stage3_max_reuse_distance"],

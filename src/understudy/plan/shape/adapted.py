@@ -57,4 +57,4 @@ def _low_rank(tape: Tape, around: Around, read: Value, out: Value, inputs: int, 
         tape.record((out, wide), (scaled,), (out, wide), weight=tape.gradient(outputs), scratch=merged)
         tape.flops += 2.0 * rank * inputs * outputs / max(1, tape.treatment.document)
         return tape.add(out, scaled)
-    return tape.add(Value(out.storage, out.width, out.grad), wide)
+    return tape.add(out, wide, scaled=True)

@@ -7,7 +7,7 @@ a product keeps its factors, a cast and a sum keep nothing, a gradient lives unt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -97,6 +97,8 @@ class Op:
     """Held beside inputs and outputs while its backward runs."""
     costly: bool
     """Selective checkpointing keeps its outputs."""
+    forward_scratch: Line = Line(0.0, 0.0)  # noqa: RUF009  # a tuple
+    """Held beside inputs and outputs while its forward runs."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,14 @@ class Tape:
         shared_grad: bool = False,
         scratch: Line = Line(0.0, 0.0),  # noqa: B008  # a tuple
         costly: bool = False,
+        forward_scratch: Line = Line(0.0, 0.0),  # noqa: B008
     ) -> None:
         if not shared_grad:
             self.traffic += sum(value.width for value in (*inputs, *outputs))
         kept = tuple(item.storage if isinstance(item, Value) else item for item in saved)
         if not any(value.grad for value in outputs):
             kept = ()
-        self.ops.append(Op(tuple(inputs), tuple(outputs), kept, weight, shared_grad, scratch, costly))
+        self.ops.append(Op(tuple(inputs), tuple(outputs), kept, weight, shared_grad, scratch, costly, forward_scratch))
 
     def elementwise(self, inputs: Sequence[Value], width: float, saved: Iterable[Value] = ()) -> Value:
         """A new tensor from `inputs`; `saved` are those of them that its backward reads."""
@@ -184,9 +187,11 @@ class Tape:
         self.record(inputs, (out,), saved)
         return out
 
-    def add(self, *inputs: Value) -> Value:
+    def add(self, *inputs: Value, scaled: bool = False) -> Value:
+        """Their sum; `scaled` when the last one is multiplied by a number first."""
         out = Value(Storage(Line(0.0, inputs[0].width)), inputs[0].width, any(value.grad for value in inputs))
-        self.record(inputs, (out,), shared_grad=True)
+        product = Line(0.0, inputs[-1].width if scaled else 0.0)
+        self.record(inputs, (out,), shared_grad=True, forward_scratch=product)
         self.traffic += 3 * out.width
         return out
 
@@ -208,7 +213,7 @@ class Tape:
 
     def kept_of_costly(self) -> Line:
         """Outputs that selective checkpointing keeps."""
-        return _total({out.storage for op in self.ops if op.costly for out in op.outputs})
+        return _total(self._costly())
 
     def backward(self, output: Value, *, with_weights: bool = False) -> tuple[Line, ...]:
         """Bytes held at each operation of the backward pass, from all that is saved and the output's gradient on; only
@@ -237,18 +242,40 @@ class Tape:
                     saved -= storage.size
         return _highest(lines)
 
-    def forward(self, output: Value) -> tuple[Line, ...]:
-        """Bytes held at each operation of a forward pass without gradients, its input included."""
+    def forward_saving(self, output: Value) -> tuple[Line, ...]:
+        """Bytes held at each operation of a forward pass whose backward pass is to come, its input included."""
+        return self.forward(output, keeping=self._saved())
+
+    def forward_caching(self, output: Value) -> tuple[Line, ...]:
+        """The same where selective checkpointing keeps what is costly, and nothing else."""
+        return self.forward(output, keeping={self._input, *self._costly()})
+
+    def again(self, output: Value) -> tuple[Line, ...]:
+        """Of a layer under selective checkpointing, as it is computed again: what is costly waits until its turn."""
+        return self.forward(output, keeping={self._input, *self._saved()}, waiting=self._costly())
+
+    def forward(
+        self, output: Value, *, keeping: Collection[Storage] = (), waiting: Collection[Storage] = ()
+    ) -> tuple[Line, ...]:
+        """Bytes held at each operation of a forward pass, its input included. Of what it makes all is let go at its
+        last use but what is in `keeping`; what is in `waiting` is there before it is made."""
+        before = dict.fromkeys(waiting)
         last = {id(value.storage): number for number, op in enumerate(self.ops) for value in op.inputs}
         last[id(output.storage)] = len(self.ops)
+        kept = {id(storage) for storage in keeping}
         alive: dict[int, Line] = {}
         lines = []
         for number, op in enumerate(self.ops):
-            for value in (*op.inputs, *op.outputs):
-                alive[id(value.storage)] = value.storage.size
-            lines.append(_sum(alive.values()))
-            alive = {key: size for key, size in alive.items() if last.get(key, -1) > number}
+            for storage in (*(value.storage for value in (*op.inputs, *op.outputs)), *op.saved):
+                if id(storage) in kept or storage not in op.saved or id(storage) in last:
+                    alive[id(storage)] = storage.size
+                before.pop(storage, None)
+            lines.append(_sum((*alive.values(), *(storage.size for storage in before), op.forward_scratch)))
+            alive = {key: size for key, size in alive.items() if last.get(key, -1) > number or key in kept}
         return _highest(lines)
+
+    def _costly(self) -> set[Storage]:
+        return {out.storage for op in self.ops if op.costly for out in op.outputs}
 
     def _saved(self) -> set[Storage]:
         return {storage for op in self.ops for storage in op.saved}
