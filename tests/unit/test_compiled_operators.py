@@ -103,6 +103,7 @@ NINJA = f"Error building extension 'cpu_adam': [1/3] {COMMAND}\nFAILED: adam.o\n
             "no matching",
             "",
         ),
+        (RuntimeError(NINJA % "oddcc: your licence has run out"), "your licence has run out", "install a C++ compiler"),
     ],
 )
 def test_the_compilers_words_are_told_with_what_to_do_about_them(problem: Exception, words: str, fix: str) -> None:

@@ -245,3 +245,8 @@ def test_the_tested_versions_are_those_of_the_constraints() -> None:
 def test_every_package_that_is_asked_for_is_in_the_tested_set() -> None:
     missing = [name for name in versions.asked_for() if name != "tomli" and versions.tested_version(name) is None]
     assert missing == []
+
+
+def test_more_processes_than_cores_can_start_are_wrong_input(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_status(["doctor", "--processes", "100000"]) == 2
+    assert "give --processes at most" in capsys.readouterr().err

@@ -233,6 +233,13 @@ def test_more_processes_than_accelerators_are_refused(tmp_path: Path, monkeypatc
         collectives.collectives(host)
 
 
+def test_more_processes_than_cores_can_start_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collectives, "try_collectives", lambda *given, **more: pytest.fail("they were started"))
+    host = replace(host_with(tmp_path, {}), processes=100_000)
+    with pytest.raises(UserError, match=r"100000 processes are too many .* give --processes at most \d+"):
+        collectives.collectives(host)
+
+
 @pytest.mark.parametrize("size", [1, 2, 5, 8])
 def test_every_pair_comes_once_and_no_process_twice_a_round(size: int) -> None:
     rounds = pair_rounds(size)

@@ -40,14 +40,17 @@ def command(as_json: bool, processes: int | None, only: tuple[str, ...]) -> int:
     Example: understudy doctor --processes 4
     """
     from understudy.diagnosis.check import Host, worst
+    from understudy.diagnosis.checks.collectives import refuse_too_many
     from understudy.diagnosis.registry import checks_named
     from understudy.diagnosis.runner import run_checks
 
     checks = checks_named(only)
+    host = Host(processes=processes)
+    refuse_too_many(host)
     console = Console(highlight=False, quiet=as_json)
     results = []
     with _shown_running(console) as watch:
-        for result in run_checks(checks, Host(processes=processes), watch):
+        for result in run_checks(checks, host, watch):
             results.append(result)
             _print(console, result)
     status = worst([result.finding.status for result in results])

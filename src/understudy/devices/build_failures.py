@@ -67,7 +67,7 @@ class OperatorBuildError(UserError):
 
     def __init__(self, operator: str, problem: BaseException, directory: Path) -> None:
         lines = [line for error in _with_causes(problem) for line in _lines(error)] or [type(problem).__name__]
-        self.words, self.fix = _explained(lines)
+        self.words, self.fix = _explained(lines, next(_of_compiler(str(problem)), None))
         self.fix = self.fix.format(directory=directory)
         self.operator = operator
         super().__init__(
@@ -76,19 +76,32 @@ class OperatorBuildError(UserError):
         )
 
 
-def _explained(lines: list[str]) -> tuple[str, str]:
-    """The line that tells most, and what to do."""
+def _explained(lines: list[str], said: str | None) -> tuple[str, str]:
+    """The line that tells most, and what to do; `said` is the compiler's first."""
     for pattern, fix in _CAUSES:
         for line in lines:
             if re.search(pattern, line, re.IGNORECASE):
                 return line, fix
-    return next((line for line in lines if "error:" in line.lower()), lines[-1]), _OTHERWISE
+    return next((line for line in lines if "error:" in line.lower()), said or lines[-1]), _OTHERWISE
 
 
 def _lines(error: BaseException) -> list[str]:
     """What is said, without the commands that are repeated and what ninja adds."""
     lines = (line.strip() for line in str(error).splitlines())
     return [line for line in lines if line and not re.match(r"\[\d+/\d+\] |FAILED: |ninja: build|.* -c .* -o ", line)]
+
+
+def _of_compiler(log: str) -> Iterator[str]:
+    """What stands below a command that failed, in ninja's log."""
+    below = False
+    lines = iter(log.splitlines())
+    for line in lines:
+        if line.startswith("FAILED: "):
+            below = next(lines, None) is not None  # the command
+        elif re.match(r"\[\d+/\d+\] |ninja: ", line):
+            below = False
+        elif below and line.strip():
+            yield line.strip()
 
 
 def _with_causes(problem: BaseException) -> Iterator[BaseException]:

@@ -51,6 +51,8 @@ class Estimate:
     """On one host."""
     offloaded_bytes: int
     """Of one process's tensors, in host memory."""
+    disk_bytes: int
+    """On one host's disk."""
     tokens: int
     micro_batches: int
     """In a step, in the process with most."""
@@ -139,6 +141,7 @@ class Estimator:
             peak,
             host,
             costs.host + self.teacher.host_bytes,
+            costs.disk * self.hardware.devices_per_node,
             tokens,
             micro_batches,
             time,

@@ -31,6 +31,8 @@ class Row:
     """Of tensors alone, which is what an allocator calls allocated."""
     host_peak_bytes: int
     """On one host."""
+    disk_bytes: int
+    """On one host's disk, where a strategy offloads to NVMe."""
     micro_batch_tokens: int
     """The most that fits, and that a step has for a device."""
     micro_batches: int
@@ -54,6 +56,7 @@ class Row:
             "device_peak_bytes": self.device_peak_bytes,
             "tensor_peak_bytes": self.tensor_peak_bytes,
             "host_peak_bytes": self.host_peak_bytes,
+            "disk_bytes": self.disk_bytes,
             "micro_batch_tokens": self.micro_batch_tokens,
             "micro_batches": self.micro_batches,
             "activation_checkpointing": self.activation_checkpointing,

@@ -53,6 +53,9 @@ def report_lines(plan: Plan) -> list[str]:
     unfit += [f"  {row.name} cannot be taken: {row.reason}" for row in plan.rows if row.refused]
     small = [row.name for row in plan.rows if isinstance(row.strategy, DeepSpeed) and row.strategy.buckets == "small"]
     unfit += [f"  with small buckets: {', '.join(small)}"] if small else []
+    unfit += [
+        f"  {row.name} puts {gibibytes(row.disk_bytes)} on each host's disk" for row in plan.rows if row.disk_bytes
+    ]
     lines += ["", *unfit] if unfit else []
     lines += ["", plan.why[:1].upper() + plan.why[1:]]
     if plan.lever:

@@ -52,11 +52,20 @@ def best(
     estimator = Estimator(recipe, hardware, shape, teachers)
     limit = limit_bytes or hardware.accelerator.usable_bytes
     precision = estimator.precision.name
+    asked = () if recipe.strategy == "auto" else _bucketed(recipe.strategy)
+    # What belongs to the recipe's own strategy alone does not speak against the others.
+    single = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"replicate": 1})})
     rows = tuple(
-        _row(name, _bucketed(strategy), estimator, limit, lacking(strategy, precision) if lacking else None)
+        _row(
+            name,
+            variants := _bucketed(strategy),
+            estimator,
+            limit,
+            lacking(strategy, precision) if lacking else None,
+            recipe if set(variants) & set(asked) else single,
+        )
         for name, strategy in _strategies(recipe)
     )
-    asked = () if recipe.strategy == "auto" else _bucketed(recipe.strategy)
     allowed = [row for row in rows if not asked or row.strategy in asked]
     fitting = [row for row in allowed if row.fits]
     chosen = _choose(fitting)
@@ -71,12 +80,13 @@ def best(
         advice = lever(
             recipe,
             hardware,
-            lambda changed, other: best(
+            nearest,
+            lambda changed, other, room: best(
                 changed,
                 other,
                 shape,
                 teachers=teachers,
-                limit_bytes=limit_bytes,
+                limit_bytes=room or limit_bytes,
                 lacking=lacking,
                 levers=False,
             ),
@@ -116,9 +126,11 @@ def _choose(fitting: Sequence[Row]) -> Row | None:
     return min(good, key=lambda row: (order.get(row.name, len(order)), -row.tokens_per_second_per_device))
 
 
-def _row(name: str, variants: Sequence[Strategy], estimator: Estimator, limit: int, lacks: str | None) -> Row:
-    """Of one strategy at its best; of `variants`, of which the first is the one to prefer."""
-    recipe = estimator.recipe
+def _row(
+    name: str, variants: Sequence[Strategy], estimator: Estimator, limit: int, lacks: str | None, recipe: Recipe
+) -> Row:
+    """Of one strategy at its best; of `variants`, of which the first is the one to prefer. It must keep the rules of
+    `recipe`."""
     asked = recipe.training.activation_checkpointing
     kinds = _KINDS if asked == "auto" else (asked,)
     refusals = {kind: lacks or _refusal(recipe, variants[0], kind, estimator.precision.name) for kind in kinds}
@@ -161,6 +173,7 @@ def _made(
         device_peak_bytes=estimate.peak.total_bytes,
         tensor_peak_bytes=estimate.peak.tensor_bytes,
         host_peak_bytes=estimate.host_bytes,
+        disk_bytes=estimate.disk_bytes,
         micro_batch_tokens=estimate.tokens,
         micro_batches=estimate.micro_batches,
         activation_checkpointing=kind,

@@ -54,6 +54,21 @@ _SECTIONS = (
 )
 
 
+_LEAST = {
+    "reduce_bucket_size": 1,
+    "allgather_bucket_size": 1,
+    "sub_group_size": 1,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+    "stage3_param_persistence_threshold": 0,
+    "offload_optimizer.buffer_count": 1,
+    "offload_param.buffer_count": 1,
+    "offload_param.buffer_size": 1,
+}
+"""Numbers of a file's `zero_optimization` that say how much is held at once, and the smallest that DeepSpeed takes."""
+
+
 class EffectiveDeepSpeed(NamedTuple):
     """What a strategy comes to once its file and its fields are merged."""
 
@@ -97,11 +112,27 @@ def _malformed(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     stage = zero.get("stage", "auto")
     if stage != "auto" and (isinstance(stage, bool) or stage not in (0, 1, 2, 3)):
         yield "zero_optimization.stage", f"must be 0, 1, 2 or 3, not {json.dumps(stage)[:40]}"
+    for name, least in _LEAST.items():
+        parent, _, key = name.rpartition(".")
+        held: Any = zero.get(parent) if parent else zero
+        value = held.get(key, "auto") if isinstance(held, dict) else "auto"
+        if not _is_count(value, least):
+            yield (
+                f"zero_optimization.{name}",
+                f'must be a whole number, at least {least}, or "auto", not {json.dumps(value)[:40]}',
+            )
     for name in ("offload_optimizer", "offload_param"):
         section = zero.get(name)
         device = section.get("device", "auto") if isinstance(section, dict) else "auto"
         if device not in ("auto", "none", "cpu", "nvme"):
             yield f"zero_optimization.{name}.device", f"must be none, cpu or nvme, not {json.dumps(device)[:40]}"
+
+
+def _is_count(value: Any, least: int) -> bool:
+    if value == "auto":
+        return True
+    # 5e8 is written for 500000000.
+    return not isinstance(value, bool) and isinstance(value, int | float) and value >= least and value % 1 == 0
 
 
 def effective_deepspeed(strategy: DeepSpeed) -> EffectiveDeepSpeed:

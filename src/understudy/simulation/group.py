@@ -47,6 +47,9 @@ class GlooCopies(TorchDispatchMode):
     """Inside, what is summed and dealt out is copied first, as gloo does (`ProcessGroupGloo`, 2.13): it all-reduces the
     copy, and takes the process's part out of it."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind is DTensor for kind in types):
             return NotImplemented  # its local part comes by itself

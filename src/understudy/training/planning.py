@@ -89,7 +89,8 @@ def asked_hardware(recipe: Recipe, named: str | None = None, nodes: int = 1) -> 
     processes = None if asked == "auto" else asked
     if named is None:
         return hardware_here(recipe, detect_machine(), processes, nodes)
-    return _students_own(parse_hardware(named, nodes=nodes, processes=processes), recipe, processes)
+    devices = 2 * processes if processes and _teacher_apart(recipe) else processes
+    return _students_own(parse_hardware(named, nodes=nodes, processes=devices), recipe, processes)
 
 
 def hardware_here(recipe: Recipe, machine: Machine, processes: int | None, nodes: int = 1) -> Hardware:
@@ -144,7 +145,9 @@ def _teachers(recipe: Recipe, sources: SourceMap) -> list[ModelShape | None]:
         with sources.placing("objective.teacher"):
             answers = isinstance(section, CachedTeacher) and section.targets != "hidden"
             if isinstance(section, LocalTeacher) and not answers:
-                shapes.append(model_shape(_config(Model(path=section.path, revision=section.revision))))
+                shapes.append(
+                    model_shape(_config(Model(path=section.path, revision=section.revision)), teacher=section.path)
+                )
             else:
                 shapes.append(None)
     return shapes

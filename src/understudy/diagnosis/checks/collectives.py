@@ -23,6 +23,8 @@ SECONDS = 120.0
 """From the start of the processes to their end; on a machine that is not busy it takes some ten."""
 PROCESSES = 2
 """Where there are no devices."""
+_A_CORE = 8
+"""Processes at most that are started for each core, where there are no devices."""
 BETWEEN_DEVICES = (
     "See how the devices are connected (`nvidia-smi topo -m`). Where they reach into each other's memory wrongly, as "
     "in some virtual machines, NCCL_P2P_DISABLE=1 goes around it; NCCL_DEBUG=INFO says what was tried."
@@ -33,14 +35,28 @@ ON_THE_HOST = (
 )
 
 
+def refuse_too_many(host: Host) -> None:
+    """Raises `UserError` where more processes are asked for than there are devices, or than the cores start in time."""
+    asked = host.processes
+    if asked is None:
+        return
+    machine = host.machine
+    if machine.accelerated and asked > machine.devices:
+        raise UserError(
+            f"{asked} processes do not fit on {machine.devices} accelerators, one each; leave --processes out."
+        )
+    most = _A_CORE * machine.cores
+    if not machine.accelerated and asked > most:
+        raise UserError(
+            f"{asked} processes are too many to meet in time on {machine.cores} cores; give --processes at most {most}."
+        )
+
+
 @check("collectives", seconds=SECONDS + 30, alone=True, if_lost=f"{ON_THE_HOST} {BETWEEN_DEVICES}")
 def collectives(host: Host) -> Finding:
     """An all-reduce between each two devices, then all-reduce, all-gather and reduce-scatter between all of them."""
     machine = host.machine
-    if machine.accelerated and host.processes is not None and host.processes > machine.devices:
-        raise UserError(
-            f"{host.processes} processes do not fit on {machine.devices} accelerators, one each; leave --processes out."
-        )
+    refuse_too_many(host)
     processes = host.processes or machine.devices or PROCESSES
     fix = BETWEEN_DEVICES if machine.accelerated else ON_THE_HOST
     with tempfile.TemporaryDirectory(prefix="understudy-collectives-") as scratch:

@@ -64,7 +64,8 @@ class Hardware:
 def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -> Hardware:
     """`8xA100-80GB`, `4x910B-64GB`, `cpu:24GiB`, `8xH100@EFA`: devices of one host, of which there are `nodes`.
 
-    Without a count it is `processes`, else 1. `cpu:` is followed by the memory that one process may take, `@` by the
+    Of those that are counted `processes` are used, all when None; without a count it is `processes`, else 1. `cpu:` is
+    followed by the memory that one process may take, `@` by the
     link between hosts where it is not the usual one. Raises `UserError`, with the nearest name, for what is not in the
     catalogue.
     """
@@ -74,6 +75,12 @@ def parse_hardware(text: str, *, nodes: int = 1, processes: int | None = None) -
     devices = int(count) if count else processes or 1
     if not 1 <= devices <= 1024 or not 1 <= nodes <= 1024:
         raise UserError(f"{text!r:.60} is {devices} devices; plan for 1 to 1024 of them on a host.")
+    if count and processes is not None and processes > devices:
+        raise UserError(
+            f"the recipe starts {processes} processes on each host (`cluster.processes`), and {text!r:.60} has "
+            f"{devices} devices there; make them agree."
+        )
+    devices = processes if count and processes is not None else devices
     kind, colon, size = name.partition(":")
     if kind.strip().lower() == "cpu":
         room = bytes_of(size) if colon and is_size(size) else None

@@ -146,6 +146,8 @@ class Costs:
     sending: Instant | None = None
     """As what is left is sent, all layers done, where that is another moment."""
     host: int = 0
+    disk: int = 0
+    """Of one process, on a disk (NVMe offload)."""
     casts: bool = False
     """A trained weight is cast at each use, and the backward pass keeps the copy."""
     accumulates_layer: bool = False

@@ -18,6 +18,8 @@ __all__ = ["zero3_costs"]
 
 _SUBGROUP = 1_000_000_000
 """DeepSpeed's own: elements of one optimizer step."""
+_OPTIMIZER_BUFFERS, _PARAMETER_BUFFERS, _PARAMETER_BUFFER = 4, 5, 100_000_000
+"""DeepSpeed's own: of state that is kept on a disk, how many are in memory; and elements of one of a parameter's."""
 
 
 def zero3_costs(setting: Setting) -> Costs:
@@ -37,9 +39,12 @@ def zero3_costs(setting: Setting) -> Costs:
     on_device = small + compute * network.shared
     on_device += 0 if parameters != "none" else computing
     on_device += 0 if optimizer != "none" else FP32 * mine
-    host = 0 if parameters == "none" else computing
-    # Master weights, moments, the partition of gradients, and the gradients that the step reads.
-    host += 0 if optimizer == "none" else 3 * FP32 * mine + moments
+    # Master weights, moments and the gradients that the step reads, and the partition of gradients, never on a disk.
+    stored, summed = (0, 0) if optimizer == "none" else (2 * FP32 * mine + moments, FP32 * mine)
+    passing = _buffers(setting, "offload_optimizer", mine) if optimizer == "nvme" else 0
+    passing += _buffers(setting, "offload_param", mine) if parameters == "nvme" else 0
+    host = (computing if parameters == "cpu" else 0) + (stored if optimizer == "cpu" else 0) + summed + passing
+    disk = (computing if parameters == "nvme" else 0) + (stored if optimizer == "nvme" else 0)
     fetched, table = _fetched(setting), compute * network.head_numel
     turn, loss = compute * fetched.turn, compute * fetched.head
     # Of what is fetched ahead in one piece a head of its own may be the larger part; a tied one is there already.
@@ -79,8 +84,23 @@ def zero3_costs(setting: Setting) -> Costs:
             + (0 if optimizer != "none" else FP32 * min(mine, _SUBGROUP) + step_scratch(setting, local)),
         ),
         host=host,
+        disk=disk,
         made=compute,
     )
+
+
+def _buffers(setting: Setting, section: str, mine: int) -> int:
+    """Bytes in host memory through which what is on a disk passes: DeepSpeed's `buffer_count` and `buffer_size`."""
+    given = setting.zero.get(section) or {}
+    if section == "offload_param":
+        size, count, itemsize = given.get("buffer_size", "auto"), _PARAMETER_BUFFERS, setting.precision.compute
+        elements = _PARAMETER_BUFFER if size == "auto" else int(size)
+    else:
+        group = setting.zero.get("sub_group_size", "auto")
+        elements = min(mine, _SUBGROUP if group == "auto" else int(group))
+        count, itemsize = _OPTIMIZER_BUFFERS, FP32
+    asked = given.get("buffer_count", "auto")
+    return (count if asked == "auto" else int(asked)) * elements * itemsize
 
 
 def _computing_part(held: Held, processes: int, itemsize: int) -> int:

@@ -57,9 +57,10 @@ class ModelShape:
         return counts
 
 
-def model_shape(config: dict[str, Any]) -> ModelShape:
-    """From what config.json says, with a recipe's overrides in it. Raises `UserError` for what is not known."""
-    sizes = read_sizes(config)
+def model_shape(config: dict[str, Any], *, teacher: str | None = None) -> ModelShape:
+    """From what config.json says, with a recipe's overrides in it. `teacher` is its path, of a teacher. Raises
+    `UserError` for what is not known."""
+    sizes = read_sizes(config, teacher=teacher)
     family = sizes.family
     if config.get("word_embed_proj_dim", sizes.hidden) != sizes.hidden or config.get("do_layer_norm_before") is False:
         raise UserError(

@@ -55,15 +55,18 @@ class Sizes:
         return where[1] if not isinstance(value, int | float) else float(value)
 
 
-def read_sizes(config: dict[str, Any]) -> Sizes:
-    """Raises `UserError` for an architecture that is not known, and for a configuration without its sizes."""
+def read_sizes(config: dict[str, Any], *, teacher: str | None = None) -> Sizes:
+    """Raises `UserError` for an architecture that is not known, and for a configuration without its sizes. `teacher` is
+    the path of the teacher that `config` is of; the student's when None."""
     model_type = config.get("model_type")
-    if model_type is None:
+    if model_type is None and teacher is None:
         raise UserError("the model's configuration names no model_type; set model.config.model_type, such as llama.")
+    if model_type is None:
+        raise UserError(f"the teacher's configuration ({teacher}) names no model_type; correct it, or name another.")
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise UserError(f"the planner does not know the architecture {model_type!r:.60}; {_suggestion(model_type)}")
-    read = _Reader(config, family)
+    read = _Reader(config, family, teacher)
     hidden, heads, layers = (read.size(name) for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if hidden % heads and family.head_dim is None and not config.get("head_dim"):
         raise UserError(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}; correct one of them.")
@@ -100,8 +103,8 @@ def read_sizes(config: dict[str, Any]) -> Sizes:
 
 
 class _Reader:
-    def __init__(self, config: dict[str, Any], family: Family) -> None:
-        self._config, self._family = config, family
+    def __init__(self, config: dict[str, Any], family: Family, teacher: str | None) -> None:
+        self._config, self._family, self._teacher = config, family, teacher
 
     def optional(self, name: str) -> int | None:
         own = self._family.fields.get(name, name)
@@ -109,13 +112,19 @@ class _Reader:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < _LARGEST:
-            raise UserError(f"{own} of the model's configuration is {value!r:.60}, which is no size; correct it.")
+            whose = "model" if self._teacher is None else "teacher"
+            raise UserError(f"{own} of the {whose}'s configuration is {value!r:.60}, which is no size; correct it.")
         return value
 
     def size(self, name: str) -> int:
         value = self.optional(name)
         if value is None:
             own = self._family.fields.get(name, name)
+            if self._teacher is not None:
+                raise UserError(
+                    f"the teacher's configuration ({self._teacher}) does not say its {own}, and without it nothing can "
+                    "be planned; complete it, or name another teacher."
+                )
             raise UserError(
                 f"the model's configuration does not say its {own}, and without it nothing can be planned; set "
                 f"model.config.{own}, or name a model in model.path."
