@@ -35,13 +35,10 @@ class LocalLauncher:
         if cluster.share is None:
             environment[RENDEZVOUS_VARIABLE] = f"file://{cluster.rendezvous}"
         else:
-            environment |= {
-                "MASTER_ADDR": cluster.share.address,
-                "MASTER_PORT": str(cluster.share.port),
-                # The launcher on the first host keeps the store, and each start has names of its own in it.
-                "TORCHELASTIC_USE_AGENT_STORE": "True",
-                "TORCHELASTIC_RESTART_COUNT": str(cluster.share.attempt),
-            }
+            share = cluster.share
+            # The launcher on the first host keeps the store, and each start has names of its own in it.
+            environment[RENDEZVOUS_VARIABLE] = f"store://{share.address}:{share.port}/{share.attempt}"
+            environment |= {"MASTER_ADDR": share.address, "MASTER_PORT": str(share.port)}
         if cluster.threads is None:
             # Without it each process starts a thread a core, and processes × cores threads fight for the cores.
             environment["OMP_NUM_THREADS"] = str(max(1, cluster.cores // run.processes))

@@ -7,7 +7,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from urllib.parse import urlsplit
 
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -25,10 +27,7 @@ def meeting(environment: ProcessEnvironment, timeout: timedelta) -> Iterator[Sto
     others, for groups made later too, unless the user named another one. Every rank must enter, with RANK and
     WORLD_SIZE in its environment.
     """
-    # As `init_process_group` does; with torchrun the store is its agent's, which keeps other things there too.
-    found, rank, size = next(
-        rendezvous(environment.rendezvous, environment.rank, environment.world_size, timeout=timeout)
-    )
+    found, rank, size = _store(environment, timeout), environment.rank, environment.world_size
     found.set_timeout(timeout)
     interface = None
     if environment.master is not None and gloo_interface() is None:
@@ -43,6 +42,20 @@ def meeting(environment: ProcessEnvironment, timeout: timedelta) -> Iterator[Sto
     finally:
         if interface is not None:
             os.environ.pop(INTERFACE, None)
+
+
+def _store(environment: ProcessEnvironment, timeout: timedelta) -> Store:
+    where = urlsplit(environment.rendezvous)
+    if where.scheme == "store":  # our launcher on the first host keeps it, over all starts of the job
+        assert where.hostname is not None
+        assert where.port is not None
+        kept = TCPStore(where.hostname, where.port, is_master=False, timeout=timeout)
+        named: Store = PrefixStore(f"start{where.path}", kept)
+        return named
+    # As `init_process_group` does; with torchrun the store is its agent's, which keeps other things there too.
+    found, _, _ = next(rendezvous(environment.rendezvous, environment.rank, environment.world_size, timeout=timeout))
+    store: Store = found
+    return store
 
 
 def _interface_to_peers(master: str, store: Store, rank: int, size: int) -> str | None:

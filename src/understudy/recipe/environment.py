@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from understudy.errors import UserError
@@ -39,6 +40,7 @@ __all__ = [
     "set_build_environment",
     "teacher_key",
     "visible_devices",
+    "without_torch_warnings",
 ]
 
 RENDEZVOUS_VARIABLE = "UNDERSTUDY_RENDEZVOUS"
@@ -139,6 +141,20 @@ def host_environment() -> HostEnvironment | None:
 def processes_per_host() -> int | None:
     """As `asked_processes`, of this process's environment."""
     return asked_processes(os.environ)
+
+
+@contextmanager
+def without_torch_warnings() -> Iterator[None]:
+    """torch that is imported inside, for the first time, does not warn from its C++ code."""
+    name = "TORCH_CPP_LOG_LEVEL"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = "ERROR"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 def host_name() -> str:

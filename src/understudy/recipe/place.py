@@ -23,7 +23,8 @@ class ProcessEnvironment:
     local_rank: int
     local_world_size: int
     rendezvous: str
-    """`init_method` for torch.distributed: env://, tcp://… or file://…"""
+    """`init_method` for torch.distributed, env://, tcp://… or file://…; or a store that is there already, and a name
+    for this start in it: store://ADDRESS:PORT/NAME"""
     master: str | None = None
     """The first host's name or address; None where all processes are on this one."""
 

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from understudy.errors import LostProcessError, UserError
 from understudy.launch.host_group import HostGroup, Store
-from understudy.recipe.environment import HostEnvironment, host_name
+from understudy.recipe.environment import HostEnvironment, host_name, without_torch_warnings
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
-from understudy.training.prepare import Prepared
+
+if TYPE_CHECKING:
+    from understudy.training.prepare import Prepared
 
 __all__ = ["introduction", "meet", "prepared_things", "require_alike", "require_same_things"]
 
@@ -137,7 +139,8 @@ def _open(host: HostEnvironment) -> Store:
                     "the same on every host, or end what uses it."
                 ) from error
 
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    with without_torch_warnings():  # a store that is gone is told by us, not by a trace of torch's own code
+        from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
         return TCPStore(

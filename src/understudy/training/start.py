@@ -230,11 +230,11 @@ def _attempts(run: _HostRun, directory: RunDirectory, job: Sequence[str], restar
         if restarts is not None:
             problem = _prepare_again(run, restarts, first, len(run.counts))
             decided = None if problem is None else told_outcome(problem)
-            group.share(f"decision {attempt}", {"again": problem is None, "end": decided}, run.requests.check)
+            group.share(f"decision {attempt}", {"again": problem is None, "end": decided}, _nothing)
             if problem is not None:
                 raise problem
         else:
-            decision = group.share(f"decision {attempt}", None, run.requests.check)[group.members[0]]
+            decision = group.share(f"decision {attempt}", None, _nothing)[group.members[0]]
             if not decision["again"]:
                 raise first_outcome({0: decision["end"]}, None) or first
         attempt += 1
@@ -272,4 +272,4 @@ def _prepare_again(run: _HostRun, restarts: Restarts, first: UnderstudyError, no
 
 
 def _nothing() -> None:
-    """After a failure the processes are gone; what they left is told before anything else."""
+    """Processes that have ended have done what was asked, if they were asked to stop."""
