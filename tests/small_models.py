@@ -121,4 +121,5 @@ def assert_decodes_as_it_reads(model: LanguageModel) -> None:
         for step in range(new):
             expected = torch.stack([rows[length - 1 + step] for rows, length in zip(read, lengths)])
             torch.testing.assert_close(model(None, texts=decoding), expected, rtol=1e-4, atol=1e-4)
-            decoding.feed(torch.stack([text[length + step] for text, length in zip(texts, lengths)]))
+            tokens = torch.stack([text[length + step] for text, length in zip(texts, lengths)])
+            decoding.feed(tokens, torch.ones(len(texts), dtype=torch.bool))

@@ -29,15 +29,21 @@ class Decoding:
         for row, prompt in enumerate(prompts):
             self.tokens[row, longest - len(prompt) :] = prompt
             self.seen[row, longest - len(prompt) :] = 1
+        self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)
+        """[B, t] of `tokens`, padding aside."""
         self._cache: Any = None
 
     def place(self, device: torch.device) -> None:
-        self.tokens, self.seen = self.tokens.to(device), self.seen.to(device)
+        self.tokens, self.seen, self.positions = (
+            tensor.to(device) for tensor in (self.tokens, self.seen, self.positions)
+        )
 
-    def feed(self, tokens: Tensor) -> None:
-        """The next token of each text, [B] int64."""
+    def feed(self, tokens: Tensor, goes_on: Tensor) -> None:
+        """The next token of each text, [B] int64. Where `goes_on` [B] is false, the text has ended, and what is fed
+        means nothing: it is put where the last token was, as the model may have no position behind it."""
         self.tokens = tokens.to(self.tokens.device).unsqueeze(1)
         self.seen = torch.cat([self.seen, torch.ones_like(self.tokens)], dim=1)
+        self.positions = self.positions[:, -1:] + goes_on.to(self.tokens).unsqueeze(1)
 
     def hidden(self, network: PreTrainedModel, vectors: Tensor | None) -> Tensor:
         """Final hidden states [B, H] behind the last token of each. `vectors` [P, H] stand in front of each text."""
@@ -45,11 +51,10 @@ class Decoding:
             words: dict[str, Tensor] = {"input_ids": self.tokens}
         else:
             words = {"inputs_embeds": self._behind(vectors, network.get_input_embeddings()(self.tokens))}
-        positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)
         output = network.base_model(
             **words,
             attention_mask=self.seen,
-            position_ids=positions[:, -next(iter(words.values())).shape[1] :],
+            position_ids=self.positions,
             past_key_values=self._cache,
             use_cache=True,
         )
@@ -61,5 +66,6 @@ class Decoding:
         """[B, P + L, H]: padding, vectors, tokens."""
         padded = (self.seen == 0).sum(dim=1).tolist()
         self.seen = torch.cat([self.seen, torch.ones_like(self.seen[:, :1]).expand(-1, len(vectors))], dim=1)
+        self.positions = (self.seen.cumsum(dim=1) - 1).clamp(min=0)
         vectors = vectors.to(embedded.dtype)
         return torch.stack([torch.cat([row[:n], vectors, row[n:]]) for row, n in zip(embedded, padded)])

@@ -98,9 +98,9 @@ def _grow(
         else:
             draws = torch.stack([each.draw for each in members])
             chosen = draw_tokens(logits, chance.temperature, chance.top_p, draws)
-        texts.feed(chosen)
         for each, token in zip(members, chosen.tolist()):
             each.add(token, stops)
+        texts.feed(chosen, torch.tensor([each.room > 0 for each in members] or [False]))
 
 
 def draw_tokens(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
