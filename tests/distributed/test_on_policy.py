@@ -13,15 +13,26 @@ from click.testing import CliRunner
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.distributed.forked import forked_workers
-from tests.distributed.small_run import small_recipe, write_tokenizer
+from tests.distributed.small_run import WORDS, small_recipe, write_tokenizer
+from tests.tiny_data import write_lines
 from understudy.cli.parity import command
 
 pytestmark = pytest.mark.distributed
 
 
+def conversation(i: int) -> dict[str, Any]:
+    """There is room for twenty tokens behind one prompt, and for five behind the next."""
+    asked = WORDS[i % 8 :] + WORDS[: i % 8]
+    content = " ".join(asked * 2) if i % 2 else asked[0]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": WORDS[(i + 1) % 8]}]}
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> dict[str, Any]:
     recipe = small_recipe(tmp_path)
+    write_lines(tmp_path / "data.jsonl", [conversation(i) for i in range(32)])
+    recipe["data"]["max_length"] = recipe["training"]["micro_batch_tokens"] = 24
+    recipe["training"]["global_batch_size"] = 7
     sizes = recipe["model"]["config"] | {"hidden_size": 48, "initializer_range": 0.3}
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
@@ -32,7 +43,7 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
         "teacher": {"kind": "sharded", "path": str(tmp_path / "teacher")},
         "divergence": "jsd",
         "on_policy_fraction": 0.5,
-        "on_policy": {"max_new_tokens": 8, "temperature": 0.9, "top_p": 0.95},
+        "on_policy": {"max_new_tokens": 20, "temperature": 0.9, "top_p": 0.95},
     }
     return recipe
 
@@ -40,7 +51,8 @@ def recipe(tmp_path: Path) -> dict[str, Any]:
 def test_answers_and_losses_are_those_of_one_process(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The losses of steps with own answers depend on each token that was drawn."""
+    """The losses of steps with own answers depend on each token that was drawn. Each batch is one text, so that one
+    rank has often said what it has to say while another goes on, and one has a batch more."""
     monkeypatch.setenv("UNDERSTUDY_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
