@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ __all__ = [
     "HostEnvironment",
     "ProcessEnvironment",
     "cache_directory",
+    "carried_variables",
     "child_environment",
     "chosen_threads",
     "console_descriptor",
@@ -57,6 +59,14 @@ _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTE
 _MARKS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", RENDEZVOUS_VARIABLE)
 """Set for the processes of torchrun and accelerate, of srun, and of our own launcher; nobody sets them by hand."""
 
+_CARRIED = ("PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
+_CARRIED_PREFIXES = (
+    *("UNDERSTUDY_", "HF_", "OMP_", "TORCH_", "PYTORCH_", "CUDA_", "ASCEND_"),
+    *("NCCL_", "GLOO_", "HCCL_", "FI_", "UCX_"),
+)
+_OF_ONE_PROCESS = (RENDEZVOUS_VARIABLE, CONSOLE_VARIABLE, LAUNCHER_VARIABLE)
+_SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
+
 _FOR_DEBUGGING = {
     "CUDA_LAUNCH_BLOCKING": ("1", "makes the host wait for every kernel"),
     "ASCEND_LAUNCH_BLOCKING": ("1", "makes the host wait for every kernel"),
@@ -75,6 +85,18 @@ def cache_directory() -> Path:
         return Path(explicit).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "understudy"
+
+
+def carried_variables(environ: Mapping[str, str] | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """What other hosts of a run must have set as it is here: variables that may be shown, and secrets."""
+    env = os.environ if environ is None else environ
+    carried = {
+        name: value
+        for name, value in env.items()
+        if (name in _CARRIED or name.startswith(_CARRIED_PREFIXES)) and name not in _OF_ONE_PROCESS
+    }
+    secrets = {name: value for name, value in carried.items() if _SECRET.search(name)}
+    return {name: value for name, value in carried.items() if name not in secrets}, secrets
 
 
 def child_environment(additions: Mapping[str, str]) -> dict[str, str]:
