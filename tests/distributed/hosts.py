@@ -88,6 +88,8 @@ class Hosts:
 
     hosts: tuple[Host, ...]
     keys: Path
+    servers: tuple[int, ...]
+    """The process of each one's `sshd`."""
 
     def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts)
@@ -105,6 +107,12 @@ class Hosts:
             "GlobalKnownHostsFile": "none",
             "StrictHostKeyChecking": "yes",
         }
+
+    def show(self, host: Host, file: Path, instead: Path) -> None:
+        """From now on whoever comes over ssh sees `instead` where `file` is on this host."""
+        server = str(self.servers[self.hosts.index(host)])
+        command = ["nsenter", "--target", server, "--mount", "mount", "--bind", str(instead), str(file)]
+        subprocess.run(command, check=True, timeout=SECONDS)
 
     def left(self) -> dict[str, str]:
         """What still runs on them, apart from `sshd` itself."""
@@ -143,9 +151,7 @@ def hosts(count: int, scratch: Path) -> Iterator[Hosts]:
             _plug_in(host, made)
         _make_keys(keys, made)
         Path("/run/sshd").mkdir(exist_ok=True)
-        for host in made:
-            stack.enter_context(_sshd(host, keys))
-        yield Hosts(made, keys)
+        yield Hosts(made, keys, tuple(stack.enter_context(_sshd(host, keys)) for host in made))
 
 
 def _missing() -> str | None:
@@ -185,7 +191,7 @@ def _make_keys(keys: Path, made: Sequence[Host]) -> None:
 
 
 @contextmanager
-def _sshd(host: Host, keys: Path) -> Iterator[None]:
+def _sshd(host: Host, keys: Path) -> Iterator[int]:
     configuration = keys / f"{host.name}.sshd"
     configuration.write_text(SSHD.format(keys=keys, name=host.name))
     log = keys / f"{host.name}.log"
@@ -199,7 +205,7 @@ def _sshd(host: Host, keys: Path) -> Iterator[None]:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.02)
-        yield
+        yield server.pid
     finally:
         server.kill()
         server.wait()

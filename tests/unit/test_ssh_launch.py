@@ -1,0 +1,158 @@
+"""What `understudy launch` reads in a hostfile, runs on each host, and says of hosts that cannot take part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from understudy.cli.main import exit_status
+from understudy.errors import UserError
+from understudy.launch.hostfile import ListedHost, read_hostfile
+from understudy.launch.ssh import SshLauncher
+from understudy.launch.ssh_check import UnfitHostsError, check_hosts
+from understudy.launch.ssh_facts import host_facts
+from understudy.recipe.environment import carried_variables
+
+pytestmark = pytest.mark.unit
+
+HOSTS = (ListedHost("node1", 4), ListedHost("me@node2", None))
+
+
+def launcher(**variables: str) -> SshLauncher:
+    return SshLauncher("/opt/my env/bin/python", Path("/work/a b"), 29500, ("Port=2222",), variables)
+
+
+def test_a_hostfile_may_have_comments_users_and_lines_without_slots(tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("# all\nnode1 slots=4\n\nme@node2   # as many as it has\n10.0.0.3\tslots=2\n")
+    assert read_hostfile(file) == (*HOSTS, ListedHost("10.0.0.3", 2))
+    assert [host.name for host in read_hostfile(file)] == ["node1", "node2", "10.0.0.3"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "said"),
+    [
+        ("a slots=2\nb slots=0\n", 2, "slots=0"),
+        ("a slots=two\n", 1, "slots=two"),
+        ("a slots=²\n", 1, "slots=²"),
+        ("a slots=1 slots=2\n", 1, "'slots=2' is not understood"),
+        ("a\n\nb max_slots=2\n", 3, "'max_slots=2' is not understood"),
+        ("a 2\n", 1, "'2' is not understood"),
+        ("a\nme@A slots=1\n", 2, "A is on line 1 too"),
+        ("-oProxyCommand=reboot\n", 1, "is no host's name"),
+        ("a;reboot\n", 1, "is no host's name"),
+        ("# none\n", None, "it lists no host"),
+    ],
+)
+def test_a_wrong_line_is_named(text: str, line: int | None, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "hosts"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        read_hostfile(file)
+    assert said in str(caught.value)
+    assert (caught.value.file, caught.value.line) == (str(file), line)
+
+
+def test_each_host_is_told_its_place_and_the_first_one_where_all_meet() -> None:
+    for node, line in enumerate(launcher().run(HOSTS, ["train", "recipe.yaml"])):
+        assert line[0] == "ssh"
+        assert line[-2] == HOSTS[node].target
+        assert line.index("Port=2222") < line.index("BatchMode=yes"), "of two the first one counts"
+        place = ["NNODES=2", f"NODE_RANK={node}", "MASTER_ADDR=node1", "MASTER_PORT=29500"]
+        slots = ["NPROC_PER_NODE=4"] if node == 0 else []
+        assert shlex.split(line[-1])[:-6] == ["exec", "env", *place, *slots]
+
+
+def test_a_shell_at_the_other_end_gets_every_word_as_it_is() -> None:
+    hostile = ["name=a b;reboot", "x=$(reboot)", "y=`reboot`", "z='\"\n!", "*"]
+    [line] = launcher(NCCL_DEBUG_FILE="/a b/$HOME").run(HOSTS[:1], ["train", "my recipe.yaml", *hostile])
+    # It is to print what it was given.
+    remote = line[-1].replace("exec env", f"exec env PRINT=1 {shlex.quote(sys.executable)} -c {shlex.quote(PRINT)}", 1)
+    told = json.loads(subprocess.run(["sh", "-c", remote], capture_output=True, text=True, check=True).stdout)
+    assert "NCCL_DEBUG_FILE=/a b/$HOME" in told
+    assert told[-len(hostile) - 2 :] == ["train", "my recipe.yaml", *hostile]
+
+
+PRINT = "import json, sys; print(json.dumps(sys.argv[1:]))"
+
+
+def test_variables_are_carried_by_name_and_secrets_apart() -> None:
+    shown, secrets = carried_variables(
+        {
+            "NCCL_DEBUG": "INFO",
+            "PYTHONPATH": "/a",
+            "UNDERSTUDY_CACHE": "/c",
+            "UNDERSTUDY_CONSOLE": "5",
+            "UNDERSTUDY_TEACHER_API_KEY": "k",
+            "HF_TOKEN": "t",
+            "PATH": "/bin",
+            "MASTER_ADDR": "x",
+        }
+    )
+    assert shown == {"NCCL_DEBUG": "INFO", "PYTHONPATH": "/a", "UNDERSTUDY_CACHE": "/c"}
+    assert secrets == {"UNDERSTUDY_TEACHER_API_KEY": "k", "HF_TOKEN": "t"}
+
+
+def test_a_dry_run_prints_commands_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    (tmp_path / "hosts").write_text("node1\nnode2\n")
+    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    command = ["launch", str(tmp_path / "recipe.yaml"), "--hostfile", str(tmp_path / "hosts"), "--dry-run", "name=a b"]
+    assert exit_status(command) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [shlex.split(line)[-2] for line in lines] == ["node1", "node2"]
+    assert all("NCCL_DEBUG=INFO" in line and "hf_secret" not in line for line in lines)
+    assert all(shlex.split(shlex.split(line)[-1])[-1] == "name=a b" for line in lines)
+
+
+def fake_ssh(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a program called ssh before all others."""
+    program = directory / "ssh"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"torch": "2.9.0"}, "node1 has torch 2.9.0, and this host "),
+        ({"transformers": None}, "node1 has transformers not installed, and this host "),
+        ({"recipe": None}, "recipe.yaml is not there: node1 must see the same file"),
+        ({"directory": None}, "node1 has no directory "),
+        ({"first host": None}, "node2 does not know the name node1"),
+    ],
+)
+def test_every_host_that_differs_is_named(
+    change: dict[str, str | None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("a")
+    ours = host_facts(str(tmp_path), "recipe.yaml", "localhost")
+    (tmp_path / "facts").write_text("Welcome\n" + json.dumps({**ours, **change}))
+    fake_ssh(tmp_path, f"cat {tmp_path}/facts", monkeypatch)
+    with pytest.raises(UnfitHostsError) as caught:
+        check_hosts(launcher(), HOSTS, "recipe.yaml", ours)
+    assert caught.value.exit_status == 2
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == len(HOSTS)
+
+
+def test_without_the_environment_on_a_host_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_ssh(tmp_path, "echo 'sh: 1: /opt/my env/bin/python: not found' >&2; exit 127", monkeypatch)
+    with pytest.raises(UnfitHostsError, match=r"node1: /opt/my env/bin/python cannot run understudy there"):
+        check_hosts(launcher(), HOSTS[:1], "recipe.yaml", {})
+
+
+def test_without_ssh_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="there is no ssh here"):
+        check_hosts(launcher(), HOSTS, "recipe.yaml", {})
