@@ -78,9 +78,6 @@ class Host:
         """From now on nothing reaches it, and nothing that it sends arrives."""
         _ip("-n", self.switch, "link", "set", self.name, "down")
 
-    def plug_cable(self) -> None:
-        _ip("-n", self.switch, "link", "set", self.name, "up")
-
 
 @dataclass(frozen=True)
 class Hosts:
