@@ -59,7 +59,8 @@ def run_processes(
     """
     directory.logs.mkdir(exist_ok=True)
     for command in commands:
-        directory.cause(command.rank).unlink(missing_ok=True)  # an earlier run's
+        for file in (directory.cause(command.rank), directory.pulse(command.rank)):
+            file.unlink(missing_ok=True)  # an earlier run's
     ranks = [command.rank for command in commands]
     watch = _MemoryWatch(directory, ranks)
     with noted_signals() as requests:

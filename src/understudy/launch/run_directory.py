@@ -97,6 +97,14 @@ class RunDirectory:
         """Why process `rank` failed, when it did."""
         return self.logs / f"rank-{rank}.cause.json"
 
+    def pulse(self, rank: int) -> Path:
+        """How far process `rank` is, while it trains."""
+        return self.logs / f"rank-{rank}.pulse.json"
+
+    def stacks(self, rank: int) -> Path:
+        """Where process `rank` was when it was late."""
+        return self.logs / f"rank-{rank}.stacks"
+
     def accept_model(self) -> None:
         """Makes the unproven model the final one."""
         self.unproven_model.rename(self.model)

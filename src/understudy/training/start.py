@@ -17,6 +17,7 @@ from understudy.launch.host_group import Alone, Group
 from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
 from understudy.launch.outcome import first_outcome, told_outcome
+from understudy.launch.pulses import HangWatch
 from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.run_lock import still_owned
@@ -244,6 +245,7 @@ def _attempt(
     run: _HostRun, arguments: tuple[str, ...], directory: RunDirectory, attempt: int
 ) -> UnderstudyError | None:
     """How the processes ended."""
+    hang = HangWatch(directory, run.processes, run.recipe.cluster.hang_seconds)
     try:
         launch_local(
             arguments,
@@ -252,7 +254,7 @@ def _attempt(
             run.machine.cores,
             accelerated=run.machine.accelerated,
             share=run.share(attempt),
-            watchers=[lambda: run.group.trouble(attempt)],
+            watchers=[lambda: run.group.trouble(attempt), hang],
         )
     except UnderstudyError as error:
         return error

@@ -51,6 +51,7 @@ from understudy.training.loop import train
 from understudy.training.memory_line import memory_line
 from understudy.training.metrics import MetricsHook
 from understudy.training.on_policy import with_own_answers
+from understudy.training.pulse import beating
 from understudy.training.seeding import SeedHook
 from understudy.training.sinks.registry import RunFacts, Sink, make_sinks
 from understudy.training.stopping import StopHook, StopRequest
@@ -189,21 +190,22 @@ def _train_and_save(
             world=world,
             stop=stop,
         )
-        train(
-            state,
-            total_steps=data.total_steps,
-            data=NotedData(steps if asking is None else AskedData(steps, asking, data.total_steps), note),
-            strategy=strategy,
-            objective=make_objective(recipe.objective, teaching),
-            schedule=make_schedule(
-                recipe.schedule,
-                peak=recipe.optimizer.learning_rate,
+        with beating(directory, world.rank, note):
+            train(
+                state,
                 total_steps=data.total_steps,
-                steps_per_epoch=data.steps_per_epoch,
-            ),
-            max_grad_norm=recipe.training.max_grad_norm,
-            hooks=HookList(hooks),
-        )
+                data=NotedData(steps if asking is None else AskedData(steps, asking, data.total_steps), note),
+                strategy=strategy,
+                objective=make_objective(recipe.objective, teaching),
+                schedule=make_schedule(
+                    recipe.schedule,
+                    peak=recipe.optimizer.learning_rate,
+                    total_steps=data.total_steps,
+                    steps_per_epoch=data.steps_per_epoch,
+                ),
+                max_grad_norm=recipe.training.max_grad_norm,
+                hooks=HookList(hooks),
+            )
     if line := memory_line(job.memory_predicted_bytes, device.memory_peak_bytes()):
         console.say(line)
     return save_final_model(
