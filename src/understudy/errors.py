@@ -10,6 +10,7 @@ from pathlib import Path
 
 __all__ = [
     "DivergedError",
+    "LostHostError",
     "LostProcessError",
     "LostTeacherError",
     "OutOfMemoryError",
@@ -105,6 +106,10 @@ class LostProcessError(UnderstudyError):
     """A process or host died; the message names the rank and the cause."""
 
     exit_status = 5
+
+
+class LostHostError(LostProcessError):
+    """A host of several no longer answers the others; the message names it."""
 
 
 class LostTeacherError(LostProcessError):

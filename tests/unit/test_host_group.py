@@ -199,6 +199,14 @@ def test_the_first_failure_is_the_one_that_follows_from_no_other(
         assert first.shortage == expected.shortage
 
 
+def test_a_failure_names_its_host_and_wrong_input_does_not() -> None:
+    first = first_outcome({0: told_outcome(SECONDARY, "host 0 (a)"), 1: told_outcome(KILLED, "host 1 (b)")}, None)
+    assert str(first) == "host 1 (b): rank 3 was killed by SIGKILL"
+    assert (
+        str(first_outcome({0: told_outcome(FailedRunError("r.yaml:3: no", 2), "host 0 (a)")}, None)) == "r.yaml:3: no"
+    )
+
+
 def test_a_lost_host_explains_failures_that_follow_but_not_ones_of_their_own() -> None:
     lost = LostProcessError("host 1 no longer answers")
     assert first_outcome({0: told_outcome(SECONDARY)}, lost) is lost

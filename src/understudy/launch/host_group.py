@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
-from understudy.errors import LostProcessError, StoppedError, UnderstudyError, UserError
+from understudy.errors import LostHostError, StoppedError, UnderstudyError, UserError
 from understudy.launch.cause import FailedRunError
 
 __all__ = ["Alone", "Group", "HostGroup", "Store"]
@@ -48,9 +48,13 @@ class Group(Protocol):
     @property
     def leads(self) -> bool: ...
 
+    def name(self, node: int) -> str:
+        """What to call a host."""
+        ...
+
     def share(self, name: str, value: Any, check: Callable[[], None], *, tolerant: bool = False) -> dict[int, Any]:
         """What each member said under `name`, this one `value` (JSON), once all have; `check` is called meanwhile and
-        may raise. Raises `FailedRunError` when another host gave up, `LostProcessError` when one was lost; with
+        may raise. Raises `FailedRunError` when another host gave up, `LostHostError` when one was lost; with
         `tolerant`, for after a failure, those are left out in place of that, and not waited for as long."""
         ...
 
@@ -58,7 +62,7 @@ class Group(Protocol):
         """Goes on without some members."""
         ...
 
-    def lost(self, nodes: Collection[int]) -> LostProcessError:
+    def lost(self, nodes: Collection[int]) -> LostHostError:
         """The error of hosts that are lost."""
         ...
 
@@ -79,13 +83,16 @@ class Alone:
     members: tuple[int, ...] = (0,)
     leads = True
 
+    def name(self, node: int) -> str:
+        return "this host"
+
     def share(self, name: str, value: Any, check: Callable[[], None], *, tolerant: bool = False) -> dict[int, Any]:
         return {0: value}
 
     def drop(self, lost: Collection[int]) -> None:
         assert not lost, "there is nobody to lose"
 
-    def lost(self, nodes: Collection[int]) -> LostProcessError:
+    def lost(self, nodes: Collection[int]) -> LostHostError:
         raise AssertionError("there is nobody to lose")
 
     def trouble(self, attempt: int) -> UnderstudyError | None:
@@ -137,7 +144,7 @@ class HostGroup:
             if gone and not tolerant:
                 raise self._why(gone[0], patience)
             if time.monotonic() - began > MEETING_SECONDS and (absent := [n for n in missing if n not in self._heard]):
-                raise LostProcessError(
+                raise LostHostError(
                     f"{' and '.join(map(self.name, absent))} did not come within {MEETING_SECONDS / 60:.0f} minutes; "
                     "start this command on every host, each with its own NODE_RANK."
                 )
@@ -199,13 +206,13 @@ class HostGroup:
             return FailedRunError(message, end["status"], refused=end["wrong_input"])
         return self._cut_off() if self._still(self.node, seconds) else self.lost([node])
 
-    def _cut_off(self) -> LostProcessError:
-        return LostProcessError(f"{self.name(0)}, where all hosts meet, no longer answers {self.name(self.node)}.")
+    def _cut_off(self) -> LostHostError:
+        return LostHostError(f"{self.name(0)}, where all hosts meet, no longer answers {self.name(self.node)}.")
 
-    def lost(self, nodes: Collection[int]) -> LostProcessError:
+    def lost(self, nodes: Collection[int]) -> LostHostError:
         """The error of hosts that are lost."""
         names = " and ".join(self.name(node) for node in nodes)
-        return LostProcessError(f"{names} no longer answers; the host is down, or its network or launcher is gone.")
+        return LostHostError(f"{names} no longer answers; the host is down, or its network or launcher is gone.")
 
     def _exchange(self) -> None:
         count = 0

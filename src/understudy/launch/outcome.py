@@ -8,21 +8,24 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import LostProcessError, StoppedError, UnderstudyError
+from understudy.errors import LostHostError, LostProcessError, StoppedError, UnderstudyError, UserError
 from understudy.launch.cause import FailedRunError, Shortage, ShortOfMemoryError
 
 __all__ = ["first_outcome", "told_outcome"]
 
 
-def told_outcome(error: UnderstudyError | None) -> dict[str, Any] | None:
-    """`error` as JSON has it; None for processes that ended well."""
+def told_outcome(error: UnderstudyError | None, where: str = "") -> dict[str, Any] | None:
+    """`error` as JSON has it, whose sentence begins with the host's name, `where`, unless it is about the input, a
+    request or another host; None for processes that ended well."""
     if error is None:
         return None
+    statuses = (UserError.exit_status, StoppedError.exit_status)
+    about_all = error.exit_status in statuses or isinstance(error, LostHostError)
     shortage = None
     if isinstance(error, ShortOfMemoryError):
         shortage = {**asdict(error.shortage), "log": str(error.shortage.log)}
     return {
-        "message": str(error),
+        "message": str(error) if about_all or not where else f"{where}: {error}",
         "status": error.exit_status,
         "refused": isinstance(error, FailedRunError) and error.refused,
         "secondary": isinstance(error, FailedRunError) and error.secondary,

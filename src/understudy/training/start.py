@@ -220,7 +220,8 @@ def _attempts(run: _HostRun, directory: RunDirectory, job: Sequence[str], restar
     group, attempt = run.group, 0
     while True:
         outcome = _attempt(run, arguments, directory, attempt)
-        told = group.share(f"outcome {attempt}", told_outcome(outcome), _nothing, tolerant=True)
+        where = "" if run.host is None else group.name(group.node)
+        told = group.share(f"outcome {attempt}", told_outcome(outcome, where), _nothing, tolerant=True)
         lost = [node for node in group.members if node not in told]
         first = first_outcome(told, group.lost(lost) if lost else None)
         if first is None:
