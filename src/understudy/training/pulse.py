@@ -50,6 +50,8 @@ def beating(directory: RunDirectory, rank: int, note: StepNote) -> Iterator[None
             thread.join()
             path.unlink(missing_ok=True)
             faulthandler.unregister(signal.SIGUSR2)
+            if os.fstat(stacks.fileno()).st_size == 0:  # nobody asked
+                directory.stacks(rank).unlink(missing_ok=True)
 
 
 def entered_collectives() -> tuple[Collective, ...]:
