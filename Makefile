@@ -69,7 +69,7 @@ system-packages:
 	for program in $(SYSTEM_PROGRAMS); do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	if [ -z "$$missing" ]; then echo "$(SYSTEM_PROGRAMS) are installed"; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-		apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends $(SYSTEM_PACKAGES); \
+		apt-get update --quiet && DEBIAN_FRONTEND=noninteractive apt-get install --quiet --yes --no-install-recommends $(SYSTEM_PACKAGES); \
 	else echo "missing:$$missing; install $(SYSTEM_PACKAGES) with your system's packages" >&2; exit 1; fi
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
