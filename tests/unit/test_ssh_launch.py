@@ -25,7 +25,7 @@ HOSTS = (ListedHost("node1", 4), ListedHost("me@node2", None))
 
 
 def launcher(**variables: str) -> SshLauncher:
-    return SshLauncher("/opt/my env/bin/python", Path("/work/a b"), 29500, ("Port=2222",), variables)
+    return SshLauncher("/opt/my env/bin/python", Path("/data/a b"), 29500, ("Port=2222",), variables)
 
 
 def test_a_hostfile_may_have_comments_users_and_lines_without_slots(tmp_path: Path) -> None:

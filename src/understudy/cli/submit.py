@@ -6,11 +6,15 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from understudy.cli.arguments import recipe_arguments
 from understudy.errors import UserError
+
+if TYPE_CHECKING:
+    from understudy.launch.submission import Submission
 
 _COUNT = click.IntRange(1, 65536)
 
@@ -136,11 +140,9 @@ def command(
     return follow(identifier, click.echo) if following else 0
 
 
-def _text(scheduler: str, job: object) -> str:
+def _text(scheduler: str, job: Submission) -> str:
     from understudy.launch.kubernetes import kubernetes_manifest
     from understudy.launch.skypilot import skypilot_task
     from understudy.launch.slurm import slurm_script
-    from understudy.launch.submission import Submission
 
-    assert isinstance(job, Submission)
     return {"slurm": slurm_script, "kubernetes": kubernetes_manifest, "skypilot": skypilot_task}[scheduler](job)

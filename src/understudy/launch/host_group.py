@@ -19,6 +19,7 @@ from understudy.launch.cause import FailedRunError
 __all__ = ["Alone", "Group", "HostGroup", "Store"]
 
 TICK_SECONDS = 0.25
+"""Between two exchanges with the store, which cannot wake anybody; who waits for one looks more often."""
 LOST_SECONDS = 60.0
 """A host whose count stands still for so long while it prepares is lost. Loading libraries can hold it up."""
 LOST_WHILE_RUNNING_SECONDS = 6.0
@@ -178,13 +179,6 @@ class HostGroup:
         with self._lock:
             self._said["left"] = True
         self._closing.set()
-        # The first host's store must outlast the others.
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        others = [node for node in self.members if node != self.node]
-        while time.monotonic() < deadline and self._thread.is_alive():
-            if self.node or all(self._heard.get(n, {}).get("left") or self._still(n, 2.0) for n in others):
-                break
-            time.sleep(TICK_SECONDS / 5)
         self._thread.join(FAREWELL_SECONDS)
 
     def _is_gone(self, node: int, seconds: float) -> bool:
@@ -232,11 +226,9 @@ class HostGroup:
                     return
             else:
                 self._moved[self.node] = time.monotonic()
-                if last and (self.node or self._all_left()):
+                if last and (self.node or self._all_left()):  # the first host's store must outlast the others
                     return
             time.sleep(TICK_SECONDS)
-            if last and self._still(self.node, FAREWELL_SECONDS):
-                return
 
     def _read(self, node: int) -> None:
         key = f"understudy host {node}"

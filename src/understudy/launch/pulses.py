@@ -23,6 +23,7 @@ LOOK_SECONDS = 0.5
 STILL_SECONDS = 5.0
 """A pulse comes each second; one that stands still for so long comes from a process that cannot run Python."""
 STACK_SECONDS = 0.2
+"""For processes to write their stacks, which they do not tell of, before they are killed."""
 
 
 @dataclass(frozen=True)
