@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from understudy.errors import LostProcessError
 from understudy.launch.run_directory import RunDirectory, replace_file
+from understudy.recipe.environment import host_name
 
 __all__ = ["Collective", "HangWatch", "Pulse", "late_ranks", "read_pulse", "write_pulse"]
 
@@ -154,7 +154,7 @@ class HangWatch:
         return f"rank {pulse.rank} on {pulse.host}{when}{' ' + what if what else ''}{was} (stacks in {stacks})"
 
     def _leave_stacks(self, pulses: Sequence[Pulse]) -> None:
-        here = socket.gethostname()
+        here = host_name()
         for pulse in pulses:
             if pulse.host == here:
                 with suppress(ProcessLookupError):
@@ -164,7 +164,7 @@ class HangWatch:
 
 
 def _why_still(pulse: Pulse) -> str:
-    if pulse.host == socket.gethostname() and _state(pulse.process) in ("T", "t"):
+    if pulse.host == host_name() and _state(pulse.process) in ("T", "t"):
         return "is stopped (SIGSTOP, or a debugger)"
     return "cannot run Python: something holds the interpreter's lock, or its disk does not answer"
 

@@ -6,7 +6,6 @@ import faulthandler
 import json
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ import torch.distributed as dist
 
 from understudy.launch.pulses import Collective, Pulse, write_pulse
 from understudy.launch.run_directory import RunDirectory
+from understudy.recipe.environment import host_name
 from understudy.training.failure import StepNote
 
 __all__ = ["beating", "entered_collectives"]
@@ -32,9 +32,7 @@ def beating(directory: RunDirectory, rank: int, note: StepNote) -> Iterator[None
         count = 0
         while not ended.is_set():
             count += 1
-            pulse = Pulse(
-                rank, socket.gethostname(), os.getpid(), count, note.step, note.times_given, entered_collectives()
-            )
+            pulse = Pulse(rank, host_name(), os.getpid(), count, note.step, note.times_given, entered_collectives())
             with suppress(OSError):  # a full disk
                 write_pulse(path, pulse)
             ended.wait(BEAT_SECONDS)
