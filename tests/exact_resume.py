@@ -200,6 +200,7 @@ class _Scene:
             evaluation=None,
             stop=stop,
             say=lambda line: None,
+            mark=lambda: None,
         )
         seeds = SeedHook(CPU().seed, recipe.training.seed, WORLD.rank)
         ledger = _Ledger(course, strategy)

@@ -40,6 +40,8 @@ class SaveSettings:
     """Of this attempt at the run."""
     still_ours: Callable[[], bool]
     """Whether the run directory is still this run's."""
+    mark: Callable[[], None] = lambda: None
+    """Called for each tensor that is written."""
 
 
 class CheckpointSaver:
@@ -127,6 +129,7 @@ class CheckpointSaver:
         self, plan: CheckpointPlan, partial: Path, progress: Progress, weights: Tensors, optimizer_state: Tensors
     ) -> None:
         settings = self._settings
+        weights, optimizer_state = _marked(weights, settings.mark), _marked(optimizer_state, settings.mark)
         write_part(plan, partial, self._rank, weights, optimizer_state, settings.buffers)
         if self._rank == 0:
             committed = commit_checkpoint(
@@ -145,3 +148,9 @@ class CheckpointSaver:
 
 def _copied(tensors: Tensors) -> Tensors:
     return [(name, tensor.to("cpu", copy=True)) for name, tensor in tensors]
+
+
+def _marked(tensors: Tensors, mark: Callable[[], None]) -> Tensors:
+    for named in tensors:
+        yield named
+        mark()

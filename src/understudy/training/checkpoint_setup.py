@@ -67,9 +67,10 @@ def make_checkpoint_hook(
     evaluation: EvaluationHook | None,
     stop: StopRequest,
     say: Callable[[str], None],
+    mark: Callable[[], None],
 ) -> CheckpointHook:
     """`form` is of the weights, `buffers` are the model's persistent buffers; `write_companions` writes configuration
-    and tokenizer."""
+    and tokenizer; `mark` is called for each tensor, from any thread."""
     settings = job.recipe.checkpoint
     store = CheckpointStore(RunDirectory(job.run_directory).checkpoints)
     saver = CheckpointSaver(
@@ -84,6 +85,7 @@ def make_checkpoint_hook(
             write_companions=write_companions,
             token=job.token,
             still_ours=partial(still_owned, job.run_directory, job.token),
+            mark=mark,
         ),
         world.rank,
         world.size,

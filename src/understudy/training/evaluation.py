@@ -49,6 +49,8 @@ class Evaluator:
     """Of a teacher that is asked before it is needed."""
     given: Callable[[Sequence[Batch]], None] = lambda _: None
     """Told of the micro-batches before they are evaluated."""
+    mark: Callable[[], None] = lambda: None
+    """Called for each token that is generated."""
 
     def metrics(self) -> Row:
         """Loss, perplexity and token accuracy over the evaluation set."""
@@ -84,6 +86,7 @@ class Evaluator:
             micro_batch_tokens=self.micro_batch_tokens,
             rank=self.world.rank,
             world_size=self.world.size,
+            mark=self.mark,
         )
         return [
             Answer(asked(self.tokenizer, prompt.tolist()), self._text(tokens), self._text(answer))

@@ -31,12 +31,9 @@ class StepNote(Hook):
     step: int | None = None
     micro_batch_tokens: int | None = None
     """Of the largest that this rank was given last."""
-    times_given: int = 0
-    """How often it was given any."""
 
     def given(self, micro_batches: Sequence[Batch]) -> None:
         """What is to be computed next."""
-        self.times_given += 1
         self.micro_batch_tokens = max((len(batch.tokens) for batch in micro_batches), default=0)
 
     def start(self, state: TrainingState) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,12 +65,14 @@ def generate(
     rank: int,
     world_size: int,
     chance: Chance | None = None,
+    mark: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """A continuation of each prompt ([·] int64), at most `room` tokens, its stop token included; on every rank, in
     order. The likeliest one without `chance`.
 
     A collective: ranks share the prompts out, and run their batches in step, with a batch of no meaning where one has
-    none, until no rank has a text that goes on. A batch holds at most `micro_batch_tokens` tokens, or one text.
+    none, until no rank has a text that goes on. A batch holds at most `micro_batch_tokens` tokens, or one text. `mark`
+    is called before each token.
     """
     growing = [_Growing(i, prompts[i], room[i], _draws(chance, i, room[i]), []) for i in range(len(prompts))]
     # By size, so that a batch has little padding, and every rank as many long ones as any other.
@@ -79,7 +81,7 @@ def generate(
     batches = list(_batches(mine, micro_batch_tokens))
     for number in range(_largest(len(batches), world_size)):
         members = batches[number] if number < len(batches) else []
-        _grow(strategy, members, chance, stops, world_size)
+        _grow(strategy, members, chance, stops, world_size, mark)
     return _gathered(mine, len(prompts), max(room, default=0), world_size)
 
 
@@ -89,9 +91,11 @@ def _grow(
     chance: Chance | None,
     stops: frozenset[int],
     world_size: int,
+    mark: Callable[[], None],
 ) -> None:
     texts = Decoding([each.prompt for each in members] or [torch.zeros(1, dtype=torch.int64)])
     while _largest(int(any(each.room for each in members)), world_size):
+        mark()
         logits = strategy.decode(texts)
         if chance is None or not members:
             chosen = logits.argmax(dim=1)

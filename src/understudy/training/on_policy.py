@@ -110,16 +110,18 @@ def with_own_answers(
     document_limit: int | None,
     world: World,
     stop: StopRequest,
+    mark: Callable[[], None],
 ) -> TrainingData | OnPolicyData:
     """`data` of `cache`, with the student's answers in the steps that the recipe says. `strategy` trains the student,
-    `stops` end its answers, `document_limit` is its positions, `stop` may end a wait for a server."""
+    `stops` end its answers, `document_limit` is its positions, `stop` may end a wait for a server, `mark` is called for
+    each token that is generated here."""
     objective, micro_batch_tokens = recipe.objective, recipe.training.micro_batch_tokens
     assert micro_batch_tokens != "auto", "the recipe must be resolved first"
     if not isinstance(objective, Distillation) or not objective.on_policy_fraction:
         return data
     settings = objective.on_policy
     if settings.endpoint is None:
-        said: Answers = partial(_own_answers, strategy, settings, stops, micro_batch_tokens, world)
+        said: Answers = partial(_own_answers, strategy, settings, stops, micro_batch_tokens, world, mark)
     else:
         waiting = AgreedWaiting(stop, "the server of the student")
         said = ServedAnswers(settings, served_name(recipe, settings), stops, waiting, world)
@@ -142,6 +144,7 @@ def _own_answers(
     stops: frozenset[int],
     micro_batch_tokens: int,
     world: World,
+    mark: Callable[[], None],
     prompts: Sequence[Tensor],
     room: Sequence[int],
     seeds: Sequence[tuple[int, ...]],
@@ -155,4 +158,5 @@ def _own_answers(
         rank=world.rank,
         world_size=world.size,
         chance=Chance(settings.temperature, settings.top_p, seeds),
+        mark=mark,
     )

@@ -1,4 +1,4 @@
-"""A process's pulse: once a second, while it trains, it tells how far it is and in which collective."""
+"""A process's pulse: once a second, and as it begins something else, it tells how far it is and in which collective."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -15,27 +16,36 @@ import torch.distributed as dist
 from understudy.launch.pulses import Collective, Pulse, write_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
-from understudy.training.failure import StepNote
+from understudy.training.headway import Headway
 
 __all__ = ["beating", "entered_collectives"]
 
 BEAT_SECONDS = 1.0
+COMPUTING = 0.05
+"""Of a core: a process that uses less does nothing but wait."""
 
 
 @contextmanager
-def beating(directory: RunDirectory, rank: int, note: StepNote) -> Iterator[None]:
+def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[None]:
     """While inside, a thread writes pulses, and SIGUSR2 has all stacks written to a file, by a handler that needs no
     interpreter."""
-    path, ended = directory.pulse(rank), threading.Event()
+    path, ended = directory.pulse(rank), False
 
     def beat() -> None:
-        count = 0
-        while not ended.is_set():
+        computing, count = _Computing(), 0
+        while not ended:
+            headway.changed.clear()
             count += 1
-            pulse = Pulse(rank, host_name(), os.getpid(), count, note.step, note.times_given, entered_collectives())
+            collectives = entered_collectives()
+            waits = any(not one.done for one in collectives)
+            if computing.since_last() and headway.shown_by_computing and not waits:
+                headway.mark()
+            pulse = Pulse(
+                rank, host_name(), os.getpid(), count, headway.phase, headway.step, headway.marks, collectives
+            )
             with suppress(OSError):  # a full disk
                 write_pulse(path, pulse)
-            ended.wait(BEAT_SECONDS)
+            headway.changed.wait(BEAT_SECONDS)
 
     with directory.stacks(rank).open("w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -44,12 +54,28 @@ def beating(directory: RunDirectory, rank: int, note: StepNote) -> Iterator[None
         try:
             yield
         finally:
-            ended.set()
+            ended = True
+            headway.changed.set()
             thread.join()
             path.unlink(missing_ok=True)
             faulthandler.unregister(signal.SIGUSR2)
             if os.fstat(stacks.fileno()).st_size == 0:  # nobody asked
                 directory.stacks(rank).unlink(missing_ok=True)
+
+
+class _Computing:
+    """Whether this process computes, the thread that asks left out."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    def since_last(self) -> bool:
+        (used_before, at_before), (used, at) = self._last, self._now()
+        self._last = used, at
+        return used - used_before >= COMPUTING * (at - at_before)
+
+    def _now(self) -> tuple[float, float]:
+        return time.process_time() - time.thread_time(), time.monotonic()
 
 
 def entered_collectives() -> tuple[Collective, ...]:

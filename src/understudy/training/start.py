@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from understudy.devices.detect import detect_machine
 from understudy.errors import StoppedError, UnderstudyError
 from understudy.launch.cause import FailedRunError
+from understudy.launch.hangs import HangWatch
 from understudy.launch.host_group import Alone, Group
 from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
 from understudy.launch.outcome import first_outcome, told_outcome
-from understudy.launch.pulses import HangWatch
 from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.run_lock import still_owned

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,17 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from understudy.contracts import Strategy
+from understudy.contracts import Objective, Strategy
 from understudy.data.batching import TrainingData
 from understudy.data.cache import TokenCache
 from understudy.devices.device import Device, find_device
 from understudy.launch.cause import Cause, write_cause
 from understudy.launch.parent import die_with_parent
+from understudy.launch.pulses import LOADING, MEETING, SAVING, TRAINING
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.isolation import check_isolation
 from understudy.models.tokenizer import load_tokenizer
 from understudy.objectives.registry import make_objective
-from understudy.objectives.teachers.teacher import Teaching
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.optim.schedules import make_schedule
 from understudy.parallel.world import World, process_group
@@ -45,6 +45,7 @@ from understudy.training.divergence import DivergenceGuard, allowed_non_finite_s
 from understudy.training.evaluation import EvaluationHook, Evaluator
 from understudy.training.failure import NotedData, StepNote, ending_on_failure
 from understudy.training.final_model import Trained, prove_final_model, save_final_model
+from understudy.training.headway import Headway, MarkedObjective
 from understudy.training.hooks import Hook, HookList, interval_steps
 from understudy.training.job import Job, read_job
 from understudy.training.loop import train
@@ -81,26 +82,34 @@ def run_worker(
     console: Console,
     *,
     report: Callable[[Cause], None],
-    entered: Callable[[], None] = lambda: None,
+    entered: Callable[[], None] | None = None,
 ) -> None:
     """Trains, evaluates, saves and proves, as one of `environment.world_size` processes.
 
-    `entered` is called once all processes have met, and has returned on all before any goes on. On a failure the
-    process ends with the failure's exit status; `report` is given its cause first.
+    `entered` is called once all processes have met, and has returned on all before any goes on; only then the run
+    directory is known to be this run's. It is from the start where this is None. On a failure the process ends with the
+    failure's exit status; `report` is given its cause first.
     """
-    note = StepNote()
-    stop = StopRequest()
-    with ending_on_failure(environment.rank, note, report), stop.noting_signals():
+    note, headway, stop = StepNote(), Headway(), StopRequest()
+    pulse = beating(RunDirectory(job.run_directory), environment.rank, headway)
+    with ending_on_failure(environment.rank, note, report), stop.noting_signals(), ExitStack() as stack:
+        if entered is None:
+            stack.enter_context(pulse)
         device = find_device()
         torch_device = device.torch_device(environment.local_rank)
         _limit_memory(job, device, environment.local_world_size)
+        headway.begin(MEETING)
         with (
             process_group(environment, torch_device, device.backend) as world,
             ending_on_failure(environment.rank, note, report),
+            stack,
         ):
-            entered()
+            if entered is not None:
+                entered()
+                stack.enter_context(pulse)
             dist.barrier()
-            trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, stop)
+            headway.begin(LOADING)
+            trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, headway, stop)
         if environment.rank == 0:
             prove_final_model(job, trained, console)
 
@@ -131,6 +140,7 @@ def _train_and_save(
     world: World,
     console: Console,
     note: StepNote,
+    headway: Headway,
     stop: StopRequest,
 ) -> Trained:
     recipe, directory = job.recipe, RunDirectory(job.run_directory)
@@ -160,8 +170,13 @@ def _train_and_save(
     asking = make_asking(teaching, stop)
     precision, architecture = precision_of(recipe.training.precision), type(model.network).__name__
     with _sinks(recipe, RunFacts(directory, console, data.total_steps, state.step), world) as sinks:
-        evaluation = _evaluation(job, strategy, companions, world, data.total_steps, sinks, teaching, asking, note)
-        hooks = _hooks(recipe, device, world, note, sinks, data.total_steps, evaluation, job.memory_predicted_bytes)
+        objective = MarkedObjective(make_objective(recipe.objective, teaching), headway)
+        evaluation = _evaluation(
+            job, strategy, objective, companions, world, data.total_steps, sinks, asking, note, headway
+        )
+        hooks = _hooks(
+            recipe, device, world, note, headway, sinks, data.total_steps, evaluation, job.memory_predicted_bytes
+        )
         if job.checkpoints:
             hook = make_checkpoint_hook(
                 job,
@@ -175,6 +190,7 @@ def _train_and_save(
                 evaluation=evaluation,
                 stop=stop,
                 say=console.say,
+                mark=headway.mark,
             )
             hooks.append(hook)
         else:
@@ -189,23 +205,25 @@ def _train_and_save(
             document_limit=model.document_limit,
             world=world,
             stop=stop,
+            mark=headway.mark,
         )
-        with beating(directory, world.rank, note):
-            train(
-                state,
+        headway.begin(TRAINING)
+        train(
+            state,
+            total_steps=data.total_steps,
+            data=NotedData(steps if asking is None else AskedData(steps, asking, data.total_steps), note),
+            strategy=strategy,
+            objective=objective,
+            schedule=make_schedule(
+                recipe.schedule,
+                peak=recipe.optimizer.learning_rate,
                 total_steps=data.total_steps,
-                data=NotedData(steps if asking is None else AskedData(steps, asking, data.total_steps), note),
-                strategy=strategy,
-                objective=make_objective(recipe.objective, teaching),
-                schedule=make_schedule(
-                    recipe.schedule,
-                    peak=recipe.optimizer.learning_rate,
-                    total_steps=data.total_steps,
-                    steps_per_epoch=data.steps_per_epoch,
-                ),
-                max_grad_norm=recipe.training.max_grad_norm,
-                hooks=HookList(hooks),
-            )
+                steps_per_epoch=data.steps_per_epoch,
+            ),
+            max_grad_norm=recipe.training.max_grad_norm,
+            hooks=HookList(hooks),
+        )
+        headway.begin(SAVING)
     if line := memory_line(job.memory_predicted_bytes, device.memory_peak_bytes()):
         console.say(line)
     return save_final_model(
@@ -256,13 +274,14 @@ def training_data(recipe: Recipe, cache: TokenCache, hidden_width: int, rank: in
 def _evaluation(
     job: Job,
     strategy: Strategy,
+    objective: Objective,
     companions: Companions,
     world: World,
     total_steps: int,
     sinks: Sequence[Sink],
-    teaching: Teaching | None,
     asking: Asking | None,
     note: StepNote,
+    headway: Headway,
 ) -> EvaluationHook | None:
     if job.evaluation is None:
         return None
@@ -271,7 +290,7 @@ def _evaluation(
     evaluator = Evaluator(
         cache=TokenCache.open(job.evaluation),
         strategy=strategy,
-        objective=make_objective(recipe.objective, teaching),
+        objective=objective,
         tokenizer=companions.tokenizer,
         stops=companions.stops,
         world=world,
@@ -281,6 +300,7 @@ def _evaluation(
         samples=recipe.evaluation.samples,
         asking=asking,
         given=note.given,
+        mark=headway.mark,
     )
     return EvaluationHook(evaluator, interval_steps(recipe.evaluation.every, total_steps), sinks)
 
@@ -290,6 +310,7 @@ def _hooks(
     device: Device,
     world: World,
     note: StepNote,
+    headway: Headway,
     sinks: Sequence[Sink],
     total_steps: int,
     evaluation: EvaluationHook | None,
@@ -299,6 +320,7 @@ def _hooks(
     every = recipe.logging.every
     return [
         note,
+        headway,
         SeedHook(device.seed, recipe.training.seed, world.rank),
         MetricsHook(
             sinks,
