@@ -12,6 +12,7 @@ import yaml
 from torch import nn
 
 from understudy.cli.main import exit_status
+from understudy.models.quantization.codecs.bitsandbytes_4bit import dynamic_map
 from understudy.simulation.live_tensors import LiveTensors
 
 pytestmark = pytest.mark.unit
@@ -77,6 +78,16 @@ def test_the_timeline_and_what_is_alive_add_up_to_the_peak(run: Any) -> None:
 def test_adapters_and_quantized_bases_are_simulated_as_they_train(run: Any, sections: dict[str, Any]) -> None:
     exact = exact_of(run, "--hardware", "2xA100-80GB", **sections)
     assert 0.97 <= exact["planned"] / exact["tensor_peak_bytes"] <= 1.05
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_a_simulation_leaves_no_tables_of_zeros_behind(run: Any, optimizer: str) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    quantization = {"bits": 4, "double": True}
+    exact_of(run, "--hardware", "2xA100-80GB", adapter="lora", quantization=quantization, optimizer=optimizer)
+    expected = functional.create_dynamic_map()
+    assert torch.equal(dynamic_map(torch.device("cpu")), expected)
+    assert all(table.equal(expected) for name, table in functional.name2qmap.items() if name == "dynamic")
 
 
 def test_a_teacher_in_the_same_process_is_counted(run: Any) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from understudy.contracts import IGNORED, Batch, Objective, Strategy
 from understudy.models.language_model import LanguageModel
+from understudy.models.quantization.codecs.bitsandbytes_4bit import dynamic_map
 from understudy.objectives.registry import make_objective
 from understudy.optim.optimizers.registry import make_optimizer
 from understudy.plan.shape.model import ModelShape
@@ -65,7 +66,13 @@ def simulate(
     tokens, longest = recipe.training.micro_batch_tokens, recipe.data.max_length
     assert tokens != "auto", "the recipe must be resolved first"
     device = SimulatedDevice(kernel)
-    with simulated_group(processes) as world, _placed_already(), hollow_operators(), warnings.catch_warnings():
+    with (
+        simulated_group(processes) as world,
+        _placed_already(),
+        _without_traces(),
+        hollow_operators(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # of packages, about arguments and tensors that are not what they seem
         model = make_student(recipe, shape, device)
         teaching_models = make_teachers(recipe, teachers, device)
@@ -131,3 +138,12 @@ def _placed_already() -> Iterator[None]:
         yield
     finally:
         setattr(nn.Module, "to", move)  # noqa: B010
+
+
+@contextmanager
+def _without_traces() -> Iterator[None]:
+    """A table of values that is kept for the whole process is made of zeros inside, and forgotten afterwards."""
+    try:
+        yield
+    finally:
+        dynamic_map.cache_clear()

@@ -14,7 +14,7 @@ from understudy.contracts import LazyTensor
 from understudy.models.quantization.bitsandbytes_package import bitsandbytes_functional
 from understudy.models.quantization.codec import Codec, Scheme, Segment, unreadable
 
-__all__ = ["FourBit", "quantize", "scheme_of"]
+__all__ = ["FourBit", "dynamic_map", "quantize", "scheme_of"]
 
 _BLOCK = 64
 _NESTED_BLOCK = 256
@@ -75,7 +75,7 @@ class FourBit(Codec):
             state2 = functional.QuantState(
                 absmax=parts[_NESTED_SCALES],
                 blocksize=_NESTED_BLOCK,
-                code=_dynamic_map(packed.device),
+                code=dynamic_map(packed.device),
                 dtype=torch.float32,
             )
         state = functional.QuantState(
@@ -99,6 +99,6 @@ def quantize(weight: Tensor, *, data_type: str, nested: bool) -> dict[str, Tenso
 
 
 @cache
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     """The 256 values of 8-bit scales (Dettmers et al., 2022)."""
     return torch.as_tensor(bitsandbytes_functional().create_dynamic_map(), dtype=torch.float32, device=device)
