@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -70,14 +71,38 @@ def run_command(
     """As `understudy …`, with these environment variables alone, after `prepare` in its process. Its workers are forked
     too."""
     with tempfile.TemporaryDirectory(prefix="forked-") as scratch:
-        output, errors = Path(scratch) / "output", Path(scratch) / "errors"
-        process = start_forked(_command, list(arguments), dict(variables), output, errors, prepare)
+        started = start_command(arguments, variables, Path(scratch), prepare=prepare)
+        process = started.process
         process.join(timeout_seconds)
         if process.exitcode is None:
             process.kill()
             process.join()
-            raise subprocess.TimeoutExpired(arguments, timeout_seconds, output.read_bytes(), errors.read_bytes())
-        return subprocess.CompletedProcess(arguments, process.exitcode, output.read_text(), errors.read_text())
+            output, errors = started.output.read_bytes(), started.errors.read_bytes()
+            raise subprocess.TimeoutExpired(arguments, timeout_seconds, output, errors)
+        output_text, errors_text = started.output.read_text(), started.errors.read_text()
+        return subprocess.CompletedProcess(arguments, process.exitcode, output_text, errors_text)
+
+
+@dataclass(frozen=True)
+class ForkedCommand:
+    """`understudy …`, in a process of its own, and what it says."""
+
+    process: BaseProcess
+    output: Path
+    errors: Path
+
+
+def start_command(
+    arguments: Sequence[str],
+    variables: Mapping[str, str],
+    scratch: Path,
+    *,
+    prepare: Callable[[], None] | None = None,
+) -> ForkedCommand:
+    """As `run_command`, without waiting for it. What it says goes to files in `scratch`."""
+    output, errors = scratch / "output", scratch / "errors"
+    process = start_forked(_command, list(arguments), dict(variables), output, errors, prepare)
+    return ForkedCommand(process, output, errors)
 
 
 @contextmanager
@@ -122,6 +147,11 @@ def take_over(variables: Mapping[str, str], output: Path, errors: Path) -> None:
     for path, descriptor in ((output, STDOUT), (errors, STDERR)):
         with path.open("ab") as file:
             os.dup2(file.fileno(), descriptor)
+    become(variables)
+
+
+def become(variables: Mapping[str, str]) -> None:
+    """Has this process have this environment, as if it had been started with it."""
     os.environ.clear()
     os.environ.update(variables)
     # What was settled when modules were loaded.
@@ -141,11 +171,15 @@ def _command(
     take_over(variables, output, errors)
     if prepare is not None:
         prepare()
+    sys.exit(status_of(arguments))
+
+
+def status_of(arguments: Sequence[str]) -> int:
+    """Of `understudy …` in this process, whose workers are forked."""
     with Workers() as workers:
         named = {"Popen": workers.start, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
         processes.subprocess = SimpleNamespace(**named)  # type: ignore[attr-defined]
-        status = exit_status(arguments)
-    sys.exit(status)
+        return exit_status(arguments)
 
 
 class Workers:

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.distributed.forking_python import forking_python
+from tests.distributed.small_run import environment
 
 PREFIX = "understudy-"
 NETWORK = "10.77.0"
@@ -78,6 +82,10 @@ class Host:
         """From now on nothing reaches it, and nothing that it sends arrives."""
         _ip("-n", self.switch, "link", "set", self.name, "down")
 
+    def plug_in_cable(self) -> None:
+        """As it was at first."""
+        _ip("-n", self.switch, "link", "set", self.name, "up")
+
 
 @dataclass(frozen=True)
 class Hosts:
@@ -87,6 +95,12 @@ class Hosts:
     keys: Path
     servers: tuple[int, ...]
     """The process of each one's `sshd`."""
+    python: Path
+    """Starts what tests start often in a fraction of the time (`forking_python`);"""
+    site: Path
+    """in PYTHONPATH it does so for whoever starts Python there."""
+    forking: tuple[int, ...]
+    """What does that."""
 
     def __iter__(self) -> Iterator[Host]:
         return iter(self.hosts)
@@ -105,15 +119,45 @@ class Hosts:
             "StrictHostKeyChecking": "yes",
         }
 
-    def show(self, host: Host, file: Path, instead: Path) -> None:
-        """From now on whoever comes over ssh sees `instead` where `file` is on this host."""
-        server = str(self.servers[self.hosts.index(host)])
-        command = ["nsenter", "--target", server, "--mount", "mount", "--bind", str(instead), str(file)]
-        subprocess.run(command, check=True, timeout=SECONDS)
+    def environment(self, scratch: Path) -> dict[str, str]:
+        """For what starts Python on the hosts."""
+        inherited = environment(scratch)
+        return {**inherited, "PYTHONPATH": f"{self.site}{os.pathsep}{inherited.get('PYTHONPATH', '')}".rstrip(":")}
+
+    def launch(self, recipe: Path, lines: Sequence[str], more: Sequence[str] = ()) -> list[str]:
+        """The command line that has any of them launch a run on the hosts of these lines of a hostfile."""
+        hostfile = recipe.with_name("hostfile")
+        hostfile.write_text("".join(f"{line}\n" for line in lines))
+        options = [word for name, value in self.ssh_options.items() for word in ("--ssh-option", f"{name}={value}")]
+        ours = [sys.executable, "-m", "understudy", "launch", str(recipe), "--hostfile", str(hostfile)]
+        return [*ours, *more, *options]
+
+    @contextmanager
+    def shown(self, host: Host, file: Path, instead: Path) -> Iterator[None]:
+        """Inside, whoever comes over ssh sees `instead` where `file` is on this host."""
+        there = ["nsenter", "--target", str(self.servers[self.hosts.index(host)]), "--mount"]
+        subprocess.run([*there, "mount", "--bind", str(instead), str(file)], check=True, timeout=SECONDS)
+        try:
+            yield
+        finally:
+            subprocess.run([*there, "umount", str(file)], check=True, timeout=SECONDS)
 
     def left(self) -> dict[str, str]:
-        """What still runs on them, apart from `sshd` itself."""
-        return {f"{host.name} {pid}": line for host in self.hosts for pid, line in host.processes().items()}
+        """What still runs on them, apart from `sshd` itself and what forks processes there."""
+        return {
+            f"{host.name} {pid}": line
+            for host in self.hosts
+            for pid, line in host.processes().items()
+            if pid not in self.forking
+        }
+
+    def restore(self) -> None:
+        """Has them as they were made."""
+        for host in self.hosts:
+            host.plug_in_cable()
+        for process in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(int(process.split()[1]), signal.SIGKILL)
 
     def wait_until_empty(self, seconds: float) -> None:
         """Fails when something still runs on a host after `seconds`."""
@@ -148,7 +192,10 @@ def hosts(count: int, scratch: Path) -> Iterator[Hosts]:
             _plug_in(host, made)
         _make_keys(keys, made)
         Path("/run/sshd").mkdir(exist_ok=True)
-        yield Hosts(made, keys, tuple(stack.enter_context(_sshd(host, keys)) for host in made))
+        servers = tuple(stack.enter_context(_sshd(host, keys)) for host in made)
+        names = (host.name for host in made)
+        forking = stack.enter_context(forking_python(scratch / "python", dict(zip(names, servers))))
+        yield Hosts(made, keys, servers, *forking)
 
 
 def _missing() -> str | None:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.hosts import Hosts, hosts
-from tests.distributed.small_run import environment, rows, small_recipe, understudy, write
+from tests.distributed.hosts import Host, Hosts, hosts
+from tests.distributed.small_run import rows, small_recipe, understudy, write
 
 pytestmark = pytest.mark.distributed
 
-BIN = Path(sys.executable).parent
 SECONDS = 240
+
+Commands = list[list[str]]
+"""One for each host, in order."""
 
 
 @pytest.fixture(scope="module")
-def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
-    with hosts(2, tmp_path_factory.mktemp("hosts")) as made:
+def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+    with hosts(3, tmp_path_factory.mktemp("hosts")) as made:
         yield made
 
 
@@ -29,8 +30,8 @@ def short_recipe(directory: Path) -> Path:
     """Four FSDP2 steps."""
     directory.mkdir()
     recipe = small_recipe(directory)
-    recipe |= {"strategy": "fsdp", "evaluation": {}}
-    recipe["training"]["max_steps"] = 4
+    recipe |= {"strategy": "fsdp", "evaluation": {}, "cluster": {}}
+    recipe["training"] |= {"max_steps": 4, "global_batch_size": 6}
     return write(recipe, directory)
 
 
@@ -43,49 +44,72 @@ def losses(directory: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def on_one_host(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     directory = tmp_path_factory.mktemp("one") / "host"
-    done = understudy(["train", str(short_recipe(directory))], directory)
+    done = understudy(["train", str(short_recipe(directory)), "cluster.processes=2"], directory)
     assert done.returncode == 0, done.stderr
     return losses(directory)
 
 
-def torchrun(recipe: Path, made: Hosts) -> list[list[str]]:
-    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={made[0].name}:29400", "--rdzv-id=one"]
-    command = [str(BIN / "torchrun"), "--nnodes=2", "--nproc-per-node=1", *meet, "-m", "understudy"]
-    return [[*command, "train", str(recipe)]] * 2
+def torchrun(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint={used[0].name}:29400", "--rdzv-id=one"]
+    command = [str(made.python), "-m", "torch.distributed.run", f"--nnodes={len(used)}", "--nproc-per-node=1", *meet]
+    return [[*command, "-m", "understudy", "train", str(recipe)]] * len(used)
 
 
-def accelerate(recipe: Path, made: Hosts) -> list[list[str]]:
+def accelerate(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
     # As torchrun with --node-rank, --master-addr and --master-port.
-    place = [f"--main_process_ip={made[0].name}", "--main_process_port=29500", "--num_machines=2", "--num_processes=2"]
-    command = [str(BIN / "accelerate"), "launch", "--multi_gpu", *place]
-    return [[*command, f"--machine_rank={i}", "--module", "understudy", "train", str(recipe)] for i in range(2)]
+    size = [f"--num_machines={len(used)}", f"--num_processes={len(used)}"]
+    place = [f"--main_process_ip={used[0].name}", "--main_process_port=29500"]
+    command = [str(made.python), "-m", "accelerate.commands.launch", "--multi_gpu", *size, *place]
+    run = ["--module", "understudy", "train", str(recipe)]
+    return [[*command, f"--machine_rank={i}", *run] for i in range(len(used))]
 
 
-def deepspeed(recipe: Path, made: Hosts) -> list[list[str]]:
+def deepspeed(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
     hostfile = recipe.with_name("hostfile")
-    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in made))
-    place = [f"--hostfile={hostfile}", f"--master_addr={made[0].address}", "--no_ssh"]
-    command = [str(BIN / "deepspeed"), *place]
-    return [[*command, f"--node_rank={i}", "--module", "understudy", "train", str(recipe)] for i in range(2)]
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in used))
+    place = [f"--hostfile={hostfile}", f"--master_addr={used[0].address}", "--no_ssh"]
+    command = [str(made.python), "-m", "deepspeed.launcher.runner", *place]
+    return [[*command, f"--node_rank={i}", "--module", "understudy", "train", str(recipe)] for i in range(len(used))]
 
 
-@pytest.mark.parametrize("commands", [torchrun, accelerate, deepspeed])
-def test_a_launcher_over_two_hosts_trains_as_one_host_does(
-    commands: Callable[[Path, Hosts], list[list[str]]],
-    two_hosts: Hosts,
+def launch(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
+    lines = [used[0].name, *(f"{host.name} slots=1" for host in used[1:-1]), f"root@{used[-1].name}  # the last"]
+    return [made.launch(recipe, lines)]
+
+
+@pytest.mark.parametrize(
+    ("commands", "count"),
+    [
+        (torchrun, 3),
+        pytest.param(torchrun, 2, marks=pytest.mark.matrix),
+        (accelerate, 2),
+        pytest.param(accelerate, 3, marks=pytest.mark.matrix),
+        (deepspeed, 2),
+        pytest.param(deepspeed, 3, marks=pytest.mark.matrix),
+        (launch, 3),
+        pytest.param(launch, 2, marks=pytest.mark.matrix),
+    ],
+)
+def test_a_launcher_over_several_hosts_trains_as_one_host_does(
+    commands: Callable[[Path, Hosts, Sequence[Host]], Commands],
+    count: int,
+    three_hosts: Hosts,
     on_one_host: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    directory = tmp_path / "run"
+    directory, used = tmp_path / "run", three_hosts.hosts[:count]
     recipe = short_recipe(directory)
-    logs = [directory / f"{host.name}.log" for host in two_hosts]
-    started: list[subprocess.Popen[bytes]] = []
-    for host, command, log in zip(two_hosts, commands(recipe, two_hosts), logs):
-        started.append(host.start(command, environment(directory), log))
-    statuses = [process.wait(SECONDS) for process in started]
-    assert statuses == [0, 0], "\n".join(log.read_text() for log in logs)
-    two_hosts.wait_until_empty(10)
+    environment = three_hosts.environment(directory)
+    started: list[tuple[subprocess.Popen[bytes], Path]] = []
+    for host, command in zip(used, commands(recipe, three_hosts, used)):
+        log = directory / f"{host.name}.log"
+        started.append((host.start(command, environment, log), log))
+    statuses = [process.wait(SECONDS) for process, _ in started]
+    assert not any(statuses), "\n".join(log.read_text() for _, log in started)
+    three_hosts.wait_until_empty(10)
     theirs = losses(directory)
     assert [row["step"] for row in theirs] == [1, 2, 3, 4, 4]
-    for mine, other in zip(on_one_host, theirs):
+    for mine, other in zip(on_one_host, theirs, strict=True):
         assert other == pytest.approx(mine, rel=1e-6)
+    if commands is launch:
+        assert "hostA: model: " in log.read_text()

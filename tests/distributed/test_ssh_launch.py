@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.distributed.hosts import Hosts, hosts
-from tests.distributed.small_run import environment, rows, run, small_recipe, understudy, write
+from tests.distributed.small_run import run, small_recipe, understudy, write
 
 pytestmark = pytest.mark.distributed
 
@@ -24,10 +22,16 @@ LONG = 100_000
 WRONG, LOST, STOPPED = 2, 5, 75
 
 
-@pytest.fixture
-def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
     with hosts(3, tmp_path_factory.mktemp("hosts")) as made:
         yield made
+
+
+@pytest.fixture
+def three_hosts(made_once: Hosts) -> Iterator[Hosts]:
+    yield made_once
+    made_once.restore()
 
 
 def short_recipe(directory: Path, steps: int) -> Path:
@@ -36,21 +40,6 @@ def short_recipe(directory: Path, steps: int) -> Path:
     recipe |= {"strategy": "fsdp", "evaluation": {}, "cluster": {"processes": "auto"}}
     recipe["training"] |= {"max_steps": steps, "global_batch_size": 6}
     return write(recipe, directory)
-
-
-def losses(directory: Path) -> list[dict[str, Any]]:
-    """What a run logged, without timings."""
-    kept = ("step", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "eval_loss")
-    return [{key: row[key] for key in kept if key in row} for row in rows(directory)]
-
-
-def launch(recipe: Path, made: Hosts, lines: Sequence[str], more: Sequence[str] = (), *, on: int = 0) -> list[str]:
-    """The command line for host `on`, with these lines in the hostfile."""
-    hostfile = recipe.with_name("hostfile")
-    hostfile.write_text("".join(f"{line}\n" for line in lines))
-    options = [word for name, value in made.ssh_options.items() for word in ("--ssh-option", f"{name}={value}")]
-    ours = [sys.executable, "-m", "understudy", "launch", str(recipe), "--hostfile", str(hostfile)]
-    return made[on].command([*ours, *more, *options])
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,11 @@ def launched(
     recipe: Path, made: Hosts, lines: Sequence[str], more: Sequence[str] = (), *, on: int = 0
 ) -> Iterator[Launched]:
     directory = recipe.parent
-    command = launch(recipe, made, lines, ["checkpoint.every=20", *more], on=on)
+    command = made[on].command(made.launch(recipe, lines, ["checkpoint.every=20", *more]))
     with (directory / "launch.log").open("wb") as log:
         process = subprocess.Popen(
             command,
-            env=environment(directory),
+            env=made.environment(directory),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -100,19 +89,6 @@ def launched(
     finally:
         process.kill()
         process.wait()
-
-
-def test_three_hosts_train_as_one_does(three_hosts: Hosts, tmp_path: Path) -> None:
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    done = understudy(["train", str(short_recipe(alone, 4)), "cluster.processes=2"], alone)
-    assert done.returncode == 0, done.stderr
-    command = launch(short_recipe(together, 4), three_hosts, ["hostA", "hostB slots=1", "root@hostC  # the last"])
-    done = run(command, together)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "hostA: model: " in done.stdout
-    for mine, other in zip(losses(alone), losses(together), strict=True):
-        assert other == pytest.approx(mine, rel=1e-6)
-    three_hosts.wait_until_empty(10)
 
 
 def test_a_request_to_stop_reaches_all_and_ends_in_a_checkpoint(three_hosts: Hosts, tmp_path: Path) -> None:
@@ -173,7 +149,7 @@ def test_hosts_that_cannot_take_part_are_refused_in_a_sentence_before_anything_s
     recipe = short_recipe(tmp_path, 4)
 
     def refused(status: int, *lines: str, more: Sequence[str] = ()) -> str:
-        return refusal(launch(recipe, three_hosts, lines, more), tmp_path, status)
+        return refusal(three_hosts[0].command(three_hosts.launch(recipe, lines, more)), tmp_path, status)
 
     assert "hostX: there is no host of this name" in refused(WRONG, "hostA", "hostX")
     assert "10.77.0.9 cannot be reached" in refused(
@@ -191,9 +167,9 @@ def test_hosts_that_cannot_take_part_are_refused_in_a_sentence_before_anything_s
     )
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text() + "name: other\n")
-    three_hosts.show(three_hosts[2], recipe, other)
-    assert f"{recipe} differs there" in refused(WRONG, "hostA", "hostC")
-    assert "hostC must see the same file" in refused(WRONG, "hostA", "hostC")
+    with three_hosts.shown(three_hosts[2], recipe, other):
+        assert f"{recipe} differs there" in refused(WRONG, "hostA", "hostC")
+        assert "hostC must see the same file" in refused(WRONG, "hostA", "hostC")
 
 
 def test_another_version_on_a_host_is_refused(three_hosts: Hosts, tmp_path: Path) -> None:
@@ -202,6 +178,6 @@ def test_another_version_on_a_host_is_refused(three_hosts: Hosts, tmp_path: Path
     recipe = short_recipe(tmp_path, 4)
     there = tmp_path / "there.py"
     there.write_text('__version__ = "9.9"\n')
-    three_hosts.show(three_hosts[2], Path(str(package.__file__)), there)
-    error = refusal(launch(recipe, three_hosts, ["hostA", "hostC"]), tmp_path, WRONG)
+    with three_hosts.shown(three_hosts[2], Path(str(package.__file__)), there):
+        error = refusal(three_hosts[0].command(three_hosts.launch(recipe, ["hostA", "hostC"])), tmp_path, WRONG)
     assert f"hostC has understudy 9.9, and this host {package.__version__}" in error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -90,3 +92,33 @@ def test_a_first_host_that_does_not_come_is_waited_for_and_then_lost(
         ):
             pytest.fail("it should not have met")
     assert said[0].startswith("waiting for the first host at 127.0.0.1:")
+
+
+CLIENT = """\
+import sys
+from understudy.recipe.place import HostEnvironment
+from understudy.training.meeting import _open
+
+store = _open(HostEnvironment(1, 2, None, "127.0.0.1", int(sys.argv[1])))
+print("open", flush=True)
+sys.stdin.readline()
+try:
+    store.set("key", "value")
+    store.get("key")
+except Exception:
+    sys.exit(7)
+"""
+
+
+def test_a_meeting_place_that_is_gone_is_no_trace_of_torch_s_own_code() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    kept = meeting._open(HostEnvironment(0, 2, None, "127.0.0.1", port))
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", CLIENT, str(port)], text=True, **pipes) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "open\n"
+        del kept
+        _, errors = client.communicate("\n", timeout=60)
+    assert (client.returncode, errors) == (7, "")
