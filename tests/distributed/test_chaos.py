@@ -1,4 +1,4 @@
-"""Killed five times, at random instants and inside saves, training ends as if it had been left alone."""
+"""Killed three times, at random instants and inside saves, training ends as if it had been left alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from benchmarks.chaos import INSIDE_SAVES, trial_runs
 
-TRIALS = 5
+TRIALS = 3
 
 
 @pytest.mark.distributed
