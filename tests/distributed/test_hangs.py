@@ -26,6 +26,7 @@ HANG_SECONDS = 3.0
 def hang(fault: str) -> None:
     if fault == "stopped":
         os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(600)  # it is made to go on, to leave its stacks
     elif fault == "lock held":
         ctypes.PyDLL(None).sleep(600)  # PyDLL keeps the lock
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.distributed.small_run import WORDS, environment, read_rows, small_rec
 
 pytestmark = pytest.mark.distributed
 
+HOST = socket.gethostname()
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": 256}
 
 
@@ -101,8 +103,8 @@ def test_a_rank_out_of_memory_costs_no_more_than_the_steps_since_the_last_checkp
     done = train(recipe, [], longer, STARVING_RANK_NOTES=str(tmp_path))
     assert done.stdout.endswith("statuses [0, 0]\n"), f"{done.stdout}{done.stderr}"
     first, second = told(done)
-    assert "rank 1 ran out of memory, asking for 2.00 GiB, after step 2; going on from step 2 with" in first
-    assert "rank 1 ended for want of memory after step 4; going on from step 3 with" in second
+    assert f"rank 1 on {HOST} ran out of memory, asking for 2.00 GiB, after step 2; going on from step 2 with" in first
+    assert f"rank 1 on {HOST} ended for want of memory after step 4; going on from step 3 with" in second
     assert "(restart 2 of 4)" in second
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]

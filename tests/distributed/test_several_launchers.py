@@ -99,7 +99,7 @@ def test_a_killed_process_of_another_host_is_named_by_all_and_the_run_goes_on_as
     (status, output, errors), (other, _, _) = ended(hosts)
     assert (status, other) == (0, 0), errors
     assert re.search(
-        r"^lost: host 1 \(.*\): rank 1 .*was killed by SIGKILL.*; going on from step \d+ \(restart 1 of 1\)$",
+        r"^lost: rank 1 on \S+ was killed by SIGKILL.*; going on from step \d+ \(restart 1 of 1\)$",
         output,
         re.M,
     )

@@ -107,5 +107,5 @@ def test_a_killed_process_ends_the_run_with_status_5_naming_it(tmp_path: Path, r
         os.kill(workers["1"], signal.SIGKILL)
         _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode == 5
-    assert re.search(r"^error: rank 1 was killed by SIGKILL", errors)
+    assert re.search(r"^error: rank 1 on \S+ was killed by SIGKILL", errors)
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers.values())

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from understudy.errors import LostProcessError, StoppedError, UnderstudyError, UserError
+from understudy.errors import LostHostError, LostProcessError, StoppedError, UnderstudyError, UserError
 from understudy.launch import host_group
-from understudy.launch.cause import FailedRunError, Shortage, ShortOfMemoryError
+from understudy.launch.cause import FailedRunError, Misfit, MisfitError, Shortage, ShortOfMemoryError, Standing
 from understudy.launch.host_group import Alone, HostGroup
+from understudy.launch.last_collectives import LastCollective
 from understudy.launch.outcome import first_outcome, told_outcome
+from understudy.launch.pulses import Collective
 
 pytestmark = pytest.mark.unit
 
@@ -141,7 +143,7 @@ def test_processes_that_failed_elsewhere_are_trouble_and_those_that_ended_well_a
         assert first.trouble(0) is None
         problem = first.trouble(1)
     assert isinstance(problem, FailedRunError)
-    assert problem.secondary
+    assert problem.standing == Standing.HEARD
 
 
 def test_a_host_whose_meeting_place_is_gone_says_so() -> None:
@@ -168,8 +170,10 @@ def test_one_host_alone_has_nobody_to_hear() -> None:
 
 # Which of several ends was first
 
-OUT_OF_MEMORY = ShortOfMemoryError("out", Shortage(3, 5, True, 100, "ran out of memory", Path("log")))
-SECONDARY = FailedRunError("connection closed", 1, secondary=True)
+OUT_OF_MEMORY = ShortOfMemoryError("out", Shortage(3, "a", 5, True, 100, "ran out of memory", Path("log")))
+SECONDARY = FailedRunError("connection closed", 5, standing=Standing.PEER_FAILED)
+ABORTED = FailedRunError("aborted", 5, standing=Standing.ABORTED)
+HEARD = FailedRunError("processes of another host failed", 5, standing=Standing.HEARD)
 STOPPED = StoppedError("stopped by SIGTERM after step 5")
 KILLED = LostProcessError("rank 3 was killed by SIGKILL")
 
@@ -179,11 +183,13 @@ KILLED = LostProcessError("rank 3 was killed by SIGKILL")
     [
         ([None, None], None),
         ([SECONDARY, KILLED], KILLED),
-        ([SECONDARY, None], SECONDARY),
+        ([SECONDARY, None], LostProcessError("connection closed")),
         ([STOPPED, STOPPED], STOPPED),
         ([STOPPED, KILLED], KILLED),
         ([SECONDARY, OUT_OF_MEMORY], OUT_OF_MEMORY),
         ([FailedRunError("not finite", 3), SECONDARY], FailedRunError("not finite", 3)),
+        ([SECONDARY, ABORTED], LostProcessError("aborted")),
+        ([HEARD, SECONDARY], LostProcessError("connection closed")),
     ],
 )
 def test_the_first_failure_is_the_one_that_follows_from_no_other(
@@ -199,16 +205,52 @@ def test_the_first_failure_is_the_one_that_follows_from_no_other(
         assert first.shortage == expected.shortage
 
 
-def test_a_failure_names_its_host_and_wrong_input_does_not() -> None:
-    first = first_outcome({0: told_outcome(SECONDARY, "host 0 (a)"), 1: told_outcome(KILLED, "host 1 (b)")}, None)
-    assert str(first) == "host 1 (b): rank 3 was killed by SIGKILL"
-    assert (
-        str(first_outcome({0: told_outcome(FailedRunError("r.yaml:3: no", 2), "host 0 (a)")}, None)) == "r.yaml:3: no"
-    )
+def last(rank: int, number: int, name: str = "all_reduce", *, done: bool = False, size: int = 4) -> LastCollective:
+    return LastCollective(rank, "a", Collective("0", number, name, ((size,),), done), not done)
+
+
+def test_a_failure_tells_the_last_collective_of_each_rank_and_wrong_input_does_not() -> None:
+    here = [last(rank, 17) for rank in range(7)]
+    there = [last(7, 16, "all_gather", done=True), *(last(rank, 17) for rank in range(8, 64))]
+    first = first_outcome({0: told_outcome(SECONDARY, here), 1: told_outcome(KILLED, there)}, None)
+    told = "all_reduce 17 not done: ranks 0-6, 8-63; by last pulses, all_gather 16 done: rank 7"
+    assert str(first) == f"rank 3 was killed by SIGKILL; last collectives: {told}."
+    short = first_outcome({0: told_outcome(OUT_OF_MEMORY, here)}, None)
+    assert isinstance(short, ShortOfMemoryError)
+    assert short.shortage.last_collectives == "all_reduce 17 not done: ranks 0-6"
+    wrong = told_outcome(FailedRunError("r.yaml:3: no", 2), here)
+    assert str(first_outcome({0: wrong}, None)) == "r.yaml:3: no"
+
+
+def test_the_last_collectives_of_a_lost_hosts_ranks_are_told_too() -> None:
+    lost = LostHostError("host 1 (b) no longer answers.")
+    first = first_outcome({0: told_outcome(SECONDARY, [last(0, 3)])}, lost, [last(1, 2, done=True)])
+    assert isinstance(first, LostHostError)
+    told = "all_reduce 3 not done: rank 0; by last pulses, all_reduce 2 done: rank 1"
+    assert str(first) == f"host 1 (b) no longer answers; last collectives: {told}."
+
+
+def misfit(rank: int, got_bytes: int, expected_bytes: int) -> FailedRunError:
+    return MisfitError([Misfit(f"rank {rank} on a", got_bytes, expected_bytes, "log")])
+
+
+def test_the_rank_in_another_collective_than_most_went_another_way() -> None:
+    """Whichever it is of the rank that gloo ends because it got too much, or the one that sent it."""
+    told = {0: told_outcome(misfit(1, 64, 4), [last(0, 5), last(2, 5)])}
+    first = first_outcome(told, None)
+    assert str(first).startswith("rank 1 on a skipped a collective, or entered another one than the others: rank 1 on ")
+    assert first is not None
+    assert first.exit_status == 1
+
+    told = {node: told_outcome(misfit(node, 64, 4), [last(2, 5, size=16)] if node else []) for node in range(2)}
+    assert str(first_outcome(told, None)).startswith("rank 2 on a skipped a collective")
+
+    told = {0: told_outcome(misfit(1, 64, 4), [last(0, 5)])}
+    assert str(first_outcome(told, None)).startswith("a rank skipped a collective")
 
 
 def test_a_lost_host_explains_failures_that_follow_but_not_ones_of_their_own() -> None:
-    lost = LostProcessError("host 1 no longer answers")
-    assert first_outcome({0: told_outcome(SECONDARY)}, lost) is lost
+    lost = LostHostError("host 1 no longer answers")
+    assert str(first_outcome({0: told_outcome(SECONDARY)}, lost)) == str(lost)
     assert str(first_outcome({0: told_outcome(KILLED)}, lost)) == str(KILLED)
     assert first_outcome({0: None}, lost) is lost

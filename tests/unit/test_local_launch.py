@@ -27,9 +27,9 @@ from understudy.launch.cause import Cause, write_cause
 from understudy.launch.signals import SIGNALS
 rank = int(os.environ["RANK"])
 directory = Path(sys.argv[1])
-def fail(message, status, peer_failed=False):
+def fail(message, status, peer_failed=False, step=7):
     write_cause(directory / f"logs/rank-{rank}.cause.json",
-                Cause(rank, time.time(), status, message, 7, "Traceback", peer_failed))
+                Cause(rank, "a", time.time(), status, message, step, "Traceback", peer_failed))
     sys.exit(status)
 """
 
@@ -82,7 +82,7 @@ else: assert "UNDERSTUDY_CONSOLE" not in os.environ
 def test_a_failing_rank_stops_the_others_and_gives_its_cause_and_status(tmp_path: Path) -> None:
     body = "fail('the loss is not finite', 3) if rank == 1 else time.sleep(60)"
     with pytest.raises(
-        FailedRunError, match=r"the loss is not finite \(rank 1, after step 7; traceback in .*rank-1.log"
+        FailedRunError, match=r"the loss is not finite \(rank 1 on a, after step 7; traceback in .*rank-1.log"
     ) as e:
         launch(tmp_path, body)
     assert e.value.exit_status == 3
@@ -90,8 +90,39 @@ def test_a_failing_rank_stops_the_others_and_gives_its_cause_and_status(tmp_path
 
 def test_wrong_input_found_by_a_rank_is_given_as_it_is(tmp_path: Path) -> None:
     with pytest.raises(FailedRunError) as caught:
-        launch(tmp_path, "fail('recipe.yaml:3: no', 2)")
+        launch(tmp_path, "fail('recipe.yaml:3: no', 2, step=None)")
     assert (str(caught.value), caught.value.exit_status) == ("recipe.yaml:3: no", 2)
+
+
+def test_what_becomes_wrong_while_a_rank_trains_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FailedRunError) as caught:
+        launch(tmp_path, "fail('/runs: no space is left', 2) if rank == 1 else time.sleep(60)")
+    assert str(caught.value) == "/runs: no space is left (rank 1 on a, after step 7)."
+    assert (caught.value.exit_status, caught.value.refused) == (2, False)
+
+
+def test_a_rank_that_ends_with_status_0_while_it_trains_is_lost(tmp_path: Path) -> None:
+    body = """
+from understudy.launch.pulses import TRAINING, Pulse, write_pulse
+write_pulse(directory / f"logs/rank-{rank}.pulse.json", Pulse(rank, "a", os.getpid(), 1, TRAINING, 7, 8, ()))
+"""
+    with pytest.raises(LostProcessError, match=r"rank 0 on \S+ ended with status 0 after step 7 without saying why"):
+        launch(tmp_path, body, processes=1)
+
+
+def test_where_all_that_ranks_saw_is_a_failed_collective_a_connection_was_lost(tmp_path: Path) -> None:
+    with pytest.raises(FailedRunError, match="a connection between ranks was lost, and none of them failed") as caught:
+        launch(tmp_path, "fail('Connection closed by peer', 1, peer_failed=True)")
+    assert caught.value.exit_status == 5
+
+
+def test_a_cause_that_was_cut_short_tells_nothing(tmp_path: Path) -> None:
+    body = """
+if rank == 1: (directory / "logs/rank-1.cause.json").write_text('{"rank": 1, "ho'); sys.exit(1)
+time.sleep(60)
+"""
+    with pytest.raises(LostProcessError, match=r"rank 1 on \S+ ended with status 1 without saying why"):
+        launch(tmp_path, body)
 
 
 def test_a_killed_rank_outranks_the_peer_that_saw_its_connection_close(tmp_path: Path) -> None:
@@ -100,27 +131,27 @@ if rank == 1: os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.1)
 fail("Connection closed by peer", 1, peer_failed=True)
 """
-    with pytest.raises(LostProcessError, match="rank 1 was killed by SIGKILL") as caught:
+    with pytest.raises(LostProcessError, match=r"rank 1 on \S+ was killed by SIGKILL") as caught:
         launch(tmp_path, body)
     assert caught.value.exit_status == 5
 
 
 def test_a_rank_that_exits_without_a_word_is_lost(tmp_path: Path) -> None:
-    with pytest.raises(LostProcessError, match="rank 1 ended with status 9 without saying why"):
+    with pytest.raises(LostProcessError, match=r"rank 1 on \S+ ended with status 9 without saying why"):
         launch(tmp_path, "sys.exit(9) if rank == 1 else time.sleep(60)")
 
 
 def test_the_earliest_cause_wins_over_aborts_that_follow_it() -> None:
-    cause = Cause(0, 10.0, 1, "ValueError: boom", None, "", peer_failed=False)
+    cause = Cause(0, "a", 10.0, 1, "ValueError: boom", None, "", peer_failed=False)
     logs = {0: Path("a"), 1: Path("b")}
-    error = first_failure([Exit(1, -signal.SIGABRT, 10.2), Exit(0, 1, 10.4)], {0: cause}, logs)
-    assert str(error).startswith("ValueError: boom (rank 0, before training")
+    error = first_failure([Exit(1, "a", -signal.SIGABRT, 10.2), Exit(0, "a", 1, 10.4)], {0: cause}, logs)
+    assert str(error).startswith("ValueError: boom (rank 0 on a, before training")
 
 
 @pytest.mark.parametrize(("step", "refused"), [(None, True), (3, False)])
 def test_wrong_input_found_before_training_leaves_nothing_to_keep(step: int | None, refused: bool) -> None:
-    cause = Cause(0, 10.0, 2, "recipe.yaml:3: no", step, "", peer_failed=False)
-    error = first_failure([Exit(0, 2, 10.1)], {0: cause}, {0: Path("a")})
+    cause = Cause(0, "a", 10.0, 2, "recipe.yaml:3: no", step, "", peer_failed=False)
+    error = first_failure([Exit(0, "a", 2, 10.1)], {0: cause}, {0: Path("a")})
     assert isinstance(error, FailedRunError)
     assert error.refused is refused
 
@@ -287,7 +318,7 @@ for each in SIGNALS:
 """
     launcher, _ = started_launcher(tmp_path, body)
     launcher.send_signal(signal.SIGUSR1)
-    assert ended(launcher) == (2, "no space is left")
+    assert ended(launcher) == (2, "no space is left (rank 1 on a, after step 7).")
 
 
 def test_processes_that_stop_without_our_asking_stopped_on_request(tmp_path: Path) -> None:
@@ -299,7 +330,7 @@ def test_processes_that_stop_without_our_asking_stopped_on_request(tmp_path: Pat
 def test_a_process_that_stops_before_training_takes_the_others_along(tmp_path: Path) -> None:
     body = """
 if rank == 0: time.sleep(60)
-write_cause(directory / "logs/rank-1.cause.json", Cause(1, time.time(), 75, "stopped early", None, "", False))
+write_cause(directory / "logs/rank-1.cause.json", Cause(1, "a", time.time(), 75, "stopped early", None, "", False))
 sys.exit(75)
 """
     began = time.monotonic()

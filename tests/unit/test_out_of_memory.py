@@ -92,20 +92,20 @@ def test_what_was_asked_for_is_told_in_mebibytes() -> None:
 
 def cause(rank: int, *, tokens: int, peer_failed: bool = False) -> Cause:
     shortage = None if peer_failed else "ran out of memory"
-    return Cause(rank, 10.0 + rank, 1 if peer_failed else 4, "m", 7, "", peer_failed, tokens, shortage)
+    return Cause(rank, "a", 10.0 + rank, 1 if peer_failed else 4, "m", 7, "", peer_failed, tokens, shortage)
 
 
 def test_a_rank_out_of_memory_outranks_peers_and_the_largest_micro_batch_of_all_is_known() -> None:
     logs = {rank: Path(f"rank-{rank}.log") for rank in range(3)}
     causes = {0: cause(0, tokens=300, peer_failed=True), 1: cause(1, tokens=200), 2: cause(2, tokens=250)}
-    error = first_failure([Exit(0, 1, 10.1), Exit(1, 4, 11.1)], causes, logs)
+    error = first_failure([Exit(0, "a", 1, 10.1), Exit(1, "a", 4, 11.1)], causes, logs)
     assert isinstance(error, ShortOfMemoryError)
-    assert error.shortage == Shortage(1, 7, True, 300, "ran out of memory", logs[1])
+    assert error.shortage == Shortage(1, "a", 7, True, 300, "ran out of memory", logs[1])
 
     del causes[1], causes[2]
-    error = first_failure([Exit(1, -signal.SIGKILL, 11.1)], causes, logs, {1: "was killed"})
+    error = first_failure([Exit(1, "a", -signal.SIGKILL, 11.1)], causes, logs, {1: "was killed"})
     assert isinstance(error, ShortOfMemoryError)
-    assert error.shortage == Shortage(1, 7, True, 300, "was killed", logs[1])
+    assert error.shortage == Shortage(1, "a", 7, True, 300, "was killed", logs[1])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_a_process_that_ends_for_want_of_memory_is_known_by_its_last_words(
     tmp_path: Path, words: str, status: str
 ) -> None:
     body = f"import os, sys\nprint({words!r}, flush=True)\n{status}"
-    with pytest.raises(ShortOfMemoryError, match="rank 0 ended for want of memory; its output is in") as caught:
+    with pytest.raises(ShortOfMemoryError, match=r"rank 0 on \S+ ended for want of memory; its output is in") as caught:
         launch_local((sys.executable, "-c", body), 1, RunDirectory(tmp_path), 4, accelerated=False)
     assert caught.value.exit_status == 4
     assert caught.value.shortage.may_have_trained, "nobody knows that it had not"
@@ -130,7 +130,7 @@ def test_what_a_log_says_of_an_earlier_start_counts_no_more(tmp_path: Path) -> N
     directory = RunDirectory(tmp_path)
     directory.logs.mkdir()
     directory.log(0).write_text("std::bad_alloc\n")
-    with pytest.raises(Exception, match="rank 0 was killed by SIGABRT"):
+    with pytest.raises(Exception, match=r"rank 0 on \S+ was killed by SIGABRT"):
         launch_local((sys.executable, "-c", "import os; os.abort()"), 1, directory, 4, accelerated=False)
 
 
@@ -210,7 +210,7 @@ def job(monkeypatch: pytest.MonkeyPatch) -> Job:
 
 
 def short(tokens: int | None, *, trained: bool = True) -> Shortage:
-    return Shortage(0, 3 if trained else None, trained, tokens, "ran out of memory", Path("log"))
+    return Shortage(0, "a", 3 if trained else None, trained, tokens, "ran out of memory", Path("log"))
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,23 @@ import json
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError
+from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError, UserError
+from understudy.launch.pulses import Collective, Pulse
+from understudy.launch.run_directory import replace_file
 
 __all__ = [
     "Cause",
     "Exit",
     "FailedRunError",
+    "Misfit",
+    "MisfitError",
     "ShortOfMemoryError",
     "Shortage",
+    "Standing",
     "first_failure",
     "read_cause",
     "shortage_of",
@@ -28,11 +34,24 @@ __all__ = [
 ]
 
 
+class Standing(IntEnum):
+    """How near a failure is to the one that all others follow from: the least of several is the nearest."""
+
+    OWN = 0
+    ABORTED = 1
+    """A process called abort(), for a fault of its own, or because a library of it lost its peers."""
+    PEER_FAILED = 2
+    """A collective failed under a process: most likely another one is the cause."""
+    HEARD = 3
+    """It was ended because another host told of a failure."""
+
+
 @dataclass(frozen=True)
 class Cause:
     """What a failing process knows of its failure."""
 
     rank: int
+    host: str
     time_seconds: float
     """Seconds since the epoch."""
     exit_status: int
@@ -47,6 +66,8 @@ class Cause:
     """Tokens of the largest micro-batch of the step or evaluation that it was at, or had done last."""
     shortage: str | None = None
     """What came of it that it ran out of memory, in words that follow its name; None where it failed otherwise."""
+    collectives: tuple[Collective, ...] = ()
+    """The last that it entered of each group, the latest at the end."""
 
     @property
     def refused(self) -> bool:
@@ -59,8 +80,16 @@ class Exit:
     """How a process ended: `status` is negative for a signal, as in `subprocess`."""
 
     rank: int
+    host: str
     status: int
     time_seconds: float
+    pulse: Pulse | None = None
+    """Its last, where it has not taken it away, as it does when it is done."""
+
+    @property
+    def well(self) -> bool:
+        """Whether it was done. One that something ended in its midst can have status 0 too."""
+        return self.status == 0 and self.pulse is None
 
 
 @dataclass(frozen=True)
@@ -68,6 +97,7 @@ class Shortage:
     """That a process ran out of memory."""
 
     rank: int
+    host: str
     step: int | None
     """Optimizer steps done; None before training, and where nobody knows."""
     may_have_trained: bool
@@ -77,21 +107,25 @@ class Shortage:
     what: str
     """In words that follow the process's name."""
     log: Path
+    last_collectives: str = ""
+    """The one that each rank was in, in words; empty where that is not known."""
 
     def __str__(self) -> str:
         when = "" if self.step is None else f" after step {self.step}"
-        return f"rank {self.rank} {self.what}{when or (' before training' if not self.may_have_trained else '')}"
+        return f"{_name(self)} {self.what}{when or (' before training' if not self.may_have_trained else '')}"
 
 
 class FailedRunError(UnderstudyError):
     """A process of the run failed; carries that process's message and exit status."""
 
-    def __init__(self, message: str, exit_status: int, *, refused: bool = False, secondary: bool = False) -> None:
-        """`refused`: as in `Cause`. `secondary`: most likely it follows from another process's failure."""
+    def __init__(
+        self, message: str, exit_status: int, *, refused: bool = False, standing: Standing = Standing.OWN
+    ) -> None:
+        """`refused`: as in `Cause`."""
         super().__init__(message)
         self.exit_status = exit_status
         self.refused = refused
-        self.secondary = secondary
+        self.standing = standing
 
 
 class ShortOfMemoryError(FailedRunError):
@@ -102,21 +136,54 @@ class ShortOfMemoryError(FailedRunError):
         self.shortage = shortage
 
 
+@dataclass(frozen=True)
+class Misfit:
+    """That a process got more bytes from a peer than its collective takes, for which gloo ends it."""
+
+    name: str
+    """Of the process."""
+    got_bytes: int
+    expected_bytes: int
+    log: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} got {self.got_bytes:,} bytes where its collective takes {self.expected_bytes:,} (its output "
+            f"is in {self.log})"
+        )
+
+
+class MisfitError(FailedRunError):
+    """Processes of the run were not in the same collective."""
+
+    def __init__(self, misfits: Sequence[Misfit], others: Sequence[str] = ()) -> None:
+        """`others` are the processes that went another way, as far as that is known."""
+        who = " and ".join(others) or "a rank"
+        super().__init__(
+            f"{who} skipped a collective, or entered another one than the others: {', '.join(map(str, misfits))}",
+            1,
+            standing=Standing.ABORTED,
+        )
+        self.misfits = tuple(misfits)
+
+
 def write_cause(path: Path, cause: Cause) -> None:
     """Writes `path` whole or not at all: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.write_text(json.dumps(asdict(cause), indent=1), encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, json.dumps(asdict(cause), indent=1).encode())
     except OSError:  # a full disk
-        partial.unlink(missing_ok=True)
+        path.with_name(path.name + ".partial").unlink(missing_ok=True)
         raise
 
 
 def read_cause(path: Path) -> Cause | None:
-    """The cause at `path`; None when the process left none."""
-    return Cause(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    """The cause at `path`; None when the process left none that can be read: a disk may have lost part of it."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return Cause(**{**told, "collectives": tuple(map(Collective.of, told["collectives"]))})
 
 
 def first_failure(
@@ -124,22 +191,34 @@ def first_failure(
     causes: Mapping[int, Cause],
     logs: Mapping[int, Path],
     starved: Mapping[int, str] = MappingProxyType({}),
+    misfits: Mapping[int, Misfit] = MappingProxyType({}),
 ) -> UnderstudyError:
     """The failure that the others follow from.
 
     `exits` are the processes that ended by themselves, `causes` what was left by any, `logs` where each one printed.
-    Of those that vanished, `starved` ran out of memory: what came of it, in words. A process that vanished without a
-    word outranks peers that only saw a collective fail; otherwise the earliest wins.
+    Of those that vanished, `starved` ran out of memory: what came of it, in words; `misfits` tells of others. That of
+    the least standing wins, of several the earliest; so a process that vanished without a word outranks peers that only
+    saw a collective fail.
     """
-    candidates: list[tuple[bool, float, int, UnderstudyError]] = [
-        (cause.peer_failed, cause.time_seconds, rank, _failed(cause, logs[rank], causes))
+    candidates: list[tuple[Standing, float, int, UnderstudyError]] = [
+        (
+            Standing.PEER_FAILED if cause.peer_failed else Standing.OWN,
+            cause.time_seconds,
+            rank,
+            _failed(cause, logs[rank], causes),
+        )
         for rank, cause in causes.items()
     ]
     candidates += [
-        (False, end.time_seconds, end.rank, _lost(end, logs[end.rank], causes, starved.get(end.rank)))
+        (Standing.ABORTED, end.time_seconds, end.rank, MisfitError([misfits[end.rank]]))
         for end in exits
-        if end.status != 0 and end.rank not in causes
+        if end.rank in misfits
     ]
+    for end in exits:
+        if not end.well and end.rank not in causes and end.rank not in misfits:
+            error = _lost(end, logs[end.rank], causes, starved.get(end.rank))
+            standing = error.standing if isinstance(error, FailedRunError) else Standing.OWN
+            candidates.append((standing, end.time_seconds, end.rank, error))
     return min(candidates, key=lambda candidate: candidate[:3])[3]
 
 
@@ -149,32 +228,47 @@ def shortage_of(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> Shortag
     if cause.shortage is None:
         return None
     tokens = cause.micro_batch_tokens if cause.step is None else _most_tokens(causes)
-    return Shortage(cause.rank, cause.step, cause.step is not None, tokens, cause.shortage, log)
+    return Shortage(cause.rank, cause.host, cause.step, cause.step is not None, tokens, cause.shortage, log)
 
 
 def _failed(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> FailedRunError:
-    if cause.exit_status == 2:  # wrong input: the sentence says it all
-        return FailedRunError(cause.message, cause.exit_status, refused=cause.refused)
+    if cause.refused:  # the sentence says it all, and is true of all
+        return FailedRunError(cause.message, cause.exit_status, refused=True)
     when = "before training" if cause.step is None else f"after step {cause.step}"
-    message = f"{cause.message} (rank {cause.rank}, {when}; traceback in {log})"
+    if cause.exit_status == UserError.exit_status:  # such as a disk that is full by now
+        return FailedRunError(f"{cause.message.rstrip('.')} ({_name(cause)}, {when}).", cause.exit_status)
+    message = f"{cause.message} ({_name(cause)}, {when}; traceback in {log})"
+    if cause.peer_failed:
+        message = f"a connection between ranks was lost, and none of them failed before: {message}"
+        return FailedRunError(message, LostProcessError.exit_status, standing=Standing.PEER_FAILED)
     shortage = shortage_of(cause, log, causes)
     if shortage is not None:
         return ShortOfMemoryError(message, shortage)
-    return FailedRunError(message, cause.exit_status, secondary=cause.peer_failed)
+    return FailedRunError(message, cause.exit_status)
 
 
 def _lost(end: Exit, log: Path, causes: Mapping[int, Cause], starved: str | None) -> UnderstudyError:
+    # Its pulse may be of a second ago, and where peers say that they were, it was too.
+    steps = [None if end.pulse is None else end.pulse.step, *(cause.step for cause in causes.values())]
+    step = max((step for step in steps if step is not None), default=None)
     if starved is not None:
-        steps = [cause.step for cause in causes.values()]
-        step = max((step for step in steps if step is not None), default=None)
-        trained = step is not None or not steps  # of one that was alone nobody knows
-        shortage = Shortage(end.rank, step, trained, _most_tokens(causes), starved, log)
-        return ShortOfMemoryError(f"rank {end.rank} {starved}; its output is in {log}", shortage)
-    if end.status > 0:
-        return LostProcessError(f"rank {end.rank} ended with status {end.status} without saying why; see {log}")
+        trained = step is not None or not causes  # of one that was alone nobody knows
+        shortage = Shortage(end.rank, end.host, step, trained, _most_tokens(causes), starved, log)
+        return ShortOfMemoryError(f"{_name(end)} {starved}; its output is in {log}", shortage)
+    when = "" if end.pulse is None else f" while {end.pulse.phase}"
+    when = when if step is None else f" after step {step}"
+    if end.status >= 0:
+        return LostProcessError(f"{_name(end)} ended with status {end.status}{when} without saying why; see {log}")
     name = signal.Signals(-end.status).name
     hint = " (most often the system ran out of memory)" if name == "SIGKILL" else ""
-    return LostProcessError(f"rank {end.rank} was killed by {name}{hint}; its output is in {log}")
+    message = f"{_name(end)} was killed by {name}{when}{hint}; its output is in {log}"
+    if -end.status == signal.SIGABRT:
+        return FailedRunError(message, LostProcessError.exit_status, standing=Standing.ABORTED)
+    return LostProcessError(message)
+
+
+def _name(told: Cause | Exit | Shortage) -> str:
+    return f"rank {told.rank} on {told.host}"
 
 
 def _most_tokens(causes: Mapping[int, Cause]) -> int | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 from understudy.errors import LostHostError, StoppedError, UnderstudyError, UserError
-from understudy.launch.cause import FailedRunError
+from understudy.launch.cause import FailedRunError, Standing
 
 __all__ = ["Alone", "Group", "HostGroup", "Store"]
 
@@ -164,7 +164,7 @@ class HostGroup:
                 if self._still(node, LOST_WHILE_RUNNING_SECONDS):
                     return self._cut_off()
             elif self._heard.get(node, {}).get(f"outcome {attempt}") is not None:
-                return FailedRunError(f"processes of {self.name(node)} failed.", 5, secondary=True)
+                return FailedRunError(f"processes of {self.name(node)} failed.", 5, standing=Standing.HEARD)
             elif self._is_gone(node, LOST_WHILE_RUNNING_SECONDS):
                 return self._why(node, LOST_WHILE_RUNNING_SECONDS)
         return None

@@ -7,6 +7,7 @@ flight, commit a checkpoint and end with status 75.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from understudy.errors import StoppedError, UnderstudyError, tells_out_of_memory
-from understudy.launch.cause import Cause, Exit, FailedRunError, first_failure, read_cause
+from understudy.launch.cause import Cause, Exit, FailedRunError, Misfit, first_failure, read_cause
 from understudy.launch.control_groups import oom_kills
 from understudy.launch.launcher import NodeCommand
+from understudy.launch.pulses import read_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import SIGNALS, StopRequests, noted_signals
-from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE, child_environment
+from understudy.recipe.environment import CONSOLE_VARIABLE, LAUNCHER_VARIABLE, child_environment, host_name
 
 __all__ = ["Watcher", "run_processes"]
 
@@ -32,6 +34,8 @@ CAUSE_BYTES = 64 * 2**10
 """A disk with less room free may not have taken the cause that a process left."""
 LAST_WORDS_BYTES = 16 * 2**10
 """Of a log: enough for what a runtime says as it aborts, and little enough not to hold what training said before."""
+_MISFIT = re.compile(r"op\.preamble\.length <= op\.nbytes\. (\d+) vs (\d+)")
+"""In the words of gloo."""
 STDOUT = 1
 STOPPED = StoppedError.exit_status
 
@@ -47,8 +51,8 @@ def run_processes(
     console: bool = True,
     watchers: Sequence[Watcher] = (),
 ) -> None:
-    """Runs `commands` until all have ended with 0, or one of `watchers` finds that they cannot. Each one's output goes
-    to its log; with `console`, rank 0 gets our stdout too.
+    """Runs `commands` until all are done, which is ended with 0 and no longer training, or one of `watchers` finds that
+    they cannot be. Each one's output goes to its log; with `console`, rank 0 gets our stdout too.
 
     Each process leads a session of its own, so that a Ctrl-C reaches only us and its children can be stopped with it.
     SIGINT, SIGTERM and SIGUSR1 are passed on, once; after that it takes as long as the processes take, or
@@ -62,7 +66,7 @@ def run_processes(
         for file in (directory.cause(command.rank), directory.pulse(command.rank)):
             file.unlink(missing_ok=True)  # an earlier run's
     ranks = [command.rank for command in commands]
-    watch = _MemoryWatch(directory, ranks)
+    words = _LastWords(directory, ranks)
     with noted_signals() as requests:
         started: dict[int, subprocess.Popen[bytes]] = {}
         exits: list[Exit] = []
@@ -76,10 +80,10 @@ def run_processes(
             _kill(list(started.values()))
             if any(process.returncode for process in started.values()):
                 _restore_terminal()
-    if found is not None and all(end.status == 0 for end in exits):
+    if found is not None and all(end.well for end in exits):
         raise found
-    if len(exits) < len(commands) or any(end.status != 0 for end in exits):
-        raise _outcome(exits, ranks, requests, directory, watch)
+    if len(exits) < len(commands) or any(not end.well for end in exits):
+        raise _outcome(exits, ranks, requests, directory, words)
 
 
 def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
@@ -125,7 +129,7 @@ def _watch(
                 process.send_signal(requests.received[0])
         for rank, process in started.items():
             if rank not in seen and (status := process.poll()) is not None:
-                seen[rank] = Exit(rank, status, time.time())
+                seen[rank] = Exit(rank, host_name(), status, time.time(), read_pulse(directory.pulse(rank)))
                 if stop_at is None and not _others_will_end(seen[rank], directory):
                     stop_at = time.monotonic() + SETTLE_SECONDS
         if stop_at is None:
@@ -142,7 +146,7 @@ def _others_will_end(end: Exit, directory: RunDirectory) -> bool:
     """Whether this end leaves its peers as they should be. They agree on a step to stop after; one that stopped before
     training agreed with nobody."""
     if end.status != STOPPED:
-        return end.status == 0
+        return end.well
     cause = read_cause(directory.cause(end.rank))
     return cause is None or cause.step is not None
 
@@ -156,8 +160,8 @@ def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
         process.wait()
 
 
-class _MemoryWatch:
-    """Tells of processes that vanished whether they ran out of memory."""
+class _LastWords:
+    """Tells of processes that vanished what came of them, by what they printed since this was made."""
 
     def __init__(self, directory: RunDirectory, ranks: Sequence[int]) -> None:
         self._logs = {rank: directory.log(rank) for rank in ranks}
@@ -176,6 +180,15 @@ class _MemoryWatch:
                 found[end.rank] = "ended for want of memory"
         return found
 
+    def misfits(self, exits: Sequence[Exit]) -> dict[int, Misfit]:
+        """Those of `exits` that gloo ended because a peer was in another collective."""
+        found = {}
+        for end in exits:
+            if -end.status == signal.SIGABRT and (sizes := _MISFIT.search(self._printed(end.rank))):
+                log = str(self._logs[end.rank])
+                found[end.rank] = Misfit(f"rank {end.rank} on {end.host}", int(sizes[1]), int(sizes[2]), log)
+        return found
+
     def _printed(self, rank: int) -> str:
         """The last that it printed since this watch began."""
         try:
@@ -188,17 +201,17 @@ class _MemoryWatch:
 
 
 def _outcome(
-    exits: Sequence[Exit], ranks: Sequence[int], requests: StopRequests, directory: RunDirectory, watch: _MemoryWatch
+    exits: Sequence[Exit], ranks: Sequence[int], requests: StopRequests, directory: RunDirectory, words: _LastWords
 ) -> UnderstudyError:
     """What it means that of the processes of `ranks` only `exits` ended by themselves, or not all with 0."""
     causes = {rank: cause for rank in ranks if (cause := read_cause(directory.cause(rank)))}
     stops = {rank: cause for rank, cause in causes.items() if cause.exit_status == STOPPED}
     # A process that our signal ended was not yet, or no longer, ready to stop; its peers may have seen it vanish.
     unready = [e.rank for e in exits if -e.status in requests.received[:1] and e.rank not in causes]
-    failed = [end for end in exits if end.status not in (0, STOPPED) and end.rank not in unready]
+    failed = [end for end in exits if not end.well and end.status != STOPPED and end.rank not in unready]
     if failed and not (unready and all(end.rank in causes and causes[end.rank].peer_failed for end in failed)):
         left = {rank: cause for rank, cause in causes.items() if rank not in stops}
-        return _failure(failed, left, ranks, directory, watch)
+        return _failure(failed, left, ranks, directory, words)
     if unready:
         return _ended_by_signal(requests, directory)
     if len(exits) < len(ranks) and len(requests.received) > 1:
@@ -214,9 +227,10 @@ def _failure(
     causes: Mapping[int, Cause],
     ranks: Sequence[int],
     directory: RunDirectory,
-    watch: _MemoryWatch,
+    words: _LastWords,
 ) -> UnderstudyError:
-    starved = watch.starved([end for end in failed if end.rank not in causes])
+    vanished = [end for end in failed if end.rank not in causes]
+    starved, misfits = words.starved(vanished), words.misfits(vanished)
     if not causes and not starved and (free_bytes := shutil.disk_usage(directory.path).free) < CAUSE_BYTES:
         kept = " Checkpoints committed before are intact." if _has_checkpoint(directory) else ""
         message = (
@@ -224,7 +238,7 @@ def _failure(
             f"needs {CAUSE_BYTES:,} to say why); free some, or choose another output_dir.{kept}"
         )
         return FailedRunError(message, 2, refused=not _has_trained(directory))
-    return first_failure(failed, causes, {rank: directory.log(rank) for rank in ranks}, starved)
+    return first_failure(failed, causes, {rank: directory.log(rank) for rank in ranks}, starved, misfits)
 
 
 def _ended_by_signal(requests: StopRequests, directory: RunDirectory) -> UnderstudyError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ class Collective:
     sizes: tuple[tuple[int, ...], ...]
     done: bool
 
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Collective:
+        """From JSON."""
+        return cls(**{**told, "sizes": tuple(map(tuple, told["sizes"]))})
+
 
 @dataclass(frozen=True)
 class Pulse:
@@ -61,10 +67,6 @@ def read_pulse(path: Path) -> Pulse | None:
     """None where there is none: the process has not begun, or has ended."""
     try:
         told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except (OSError, ValueError):
         return None
-    collectives = (
-        Collective(one["group"], one["number"], one["name"], tuple(map(tuple, one["sizes"])), one["done"])
-        for one in told.pop("collectives")
-    )
-    return Pulse(**told, collectives=tuple(collectives))
+    return Pulse(**{**told, "collectives": tuple(map(Collective.of, told["collectives"]))})

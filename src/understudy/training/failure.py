@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import torch.distributed as dist
 
@@ -16,8 +17,11 @@ from understudy.contracts import Batch, GlobalBatch
 from understudy.devices.host_memory import lift_data_limit
 from understudy.errors import OutOfMemoryError, UnderstudyError, UserError, is_full_disk, is_out_of_memory
 from understudy.launch.cause import Cause
+from understudy.launch.pulses import Collective
+from understudy.recipe.environment import host_name
 from understudy.training.hooks import Hook, StepResult, TrainingState
 from understudy.training.loop import Data
+from understudy.training.pulse import entered_collectives
 
 __all__ = ["NotedData", "StepNote", "cause_of", "ending_on_failure"]
 
@@ -58,8 +62,8 @@ class NotedData:
 
 @contextmanager
 def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]) -> Iterator[None]:
-    """On an exception: prints the traceback to stderr (a log), reports the cause, and ends the process with its exit
-    status.
+    """On an exception, sys.exit() of some library included: prints the traceback to stderr (a log), reports the cause,
+    and ends the process with its exit status.
 
     It is reported while this process still holds its connections, so before any peer can see it fail. Nothing is torn
     down: peers may be blocked, and leaving a process group that is broken can hang or abort.
@@ -67,10 +71,10 @@ def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]
     try:
         yield
     # Nothing is hidden: the cause goes to the launcher and the traceback to the log.
-    except Exception as error:  # noqa: BLE001
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         if is_out_of_memory(error):
             lift_data_limit()  # or there might be no room left to say so
-        cause = cause_of(error, rank, note.step, note.micro_batch_tokens)
+        cause = cause_of(error, rank, note.step, note.micro_batch_tokens, entered_collectives())
         # A disk that is full takes neither log nor cause; the exit status must get out all the same.
         with suppress(OSError):
             sys.stderr.write(cause.traceback)
@@ -81,7 +85,13 @@ def ending_on_failure(rank: int, note: StepNote, report: Callable[[Cause], None]
         os._exit(cause.exit_status)
 
 
-def cause_of(error: Exception, rank: int, step: int | None, micro_batch_tokens: int | None = None) -> Cause:
+def cause_of(
+    error: BaseException,
+    rank: int,
+    step: int | None,
+    micro_batch_tokens: int | None = None,
+    collectives: tuple[Collective, ...] = (),
+) -> Cause:
     """What `error` means for the user and for the exit status."""
     starved = is_out_of_memory(error)
     if starved and not isinstance(error, OutOfMemoryError):
@@ -95,16 +105,22 @@ def cause_of(error: Exception, rank: int, step: int | None, micro_batch_tokens: 
         known = UserError(f"{where}: no space is left on the disk; free some, or choose another output_dir.")
     else:
         known = error if isinstance(error, UnderstudyError) else None
+    peer_failed = not starved and _is_collective_failure(error)
+    if peer_failed and collectives:
+        # PyTorch's recorder takes one that failed for done.
+        collectives = (*collectives[:-1], replace(collectives[-1], done=False))
     return Cause(
         rank=rank,
+        host=host_name(),
         time_seconds=time.time(),
         exit_status=1 if known is None else known.exit_status,
-        message=f"{type(error).__name__}: {_first_line(error)}" if known is None else str(known),
+        message=f"{type(error).__name__}: {_without_advice(_first_line(error))}" if known is None else str(known),
         step=step,
         traceback="".join(traceback.format_exception(error)),
-        peer_failed=not starved and _is_collective_failure(error),
+        peer_failed=peer_failed,
         micro_batch_tokens=micro_batch_tokens,
         shortage=_asked_for(error) if starved else None,
+        collectives=collectives,
     )
 
 
@@ -121,9 +137,15 @@ def _asked_for(error: BaseException) -> str:
     return f"ran out of memory, asking for {amount},"
 
 
-def _is_collective_failure(error: Exception) -> bool:
+def _is_collective_failure(error: BaseException) -> bool:
     # gloo's failures have no type of their own, but name its source files.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _without_advice(message: str) -> str:
+    """What gloo says, without its place in the source and its guesses."""
+    found = re.match(r"(?:\[\S*gloo\S*\] )?(.*?)(?:\. This is typically caused by .*)?$", message)
+    return message if found is None else found[1]
 
 
 def _first_line(error: BaseException) -> str:

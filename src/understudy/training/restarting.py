@@ -138,7 +138,8 @@ def _next_try(job: Job, shortage: Shortage, original: Recipe) -> Recipe | None:
 
 def _given_up(job: Job, shortage: Shortage, machine: Machine, restarts: int) -> str:
     after = f" after {restarts} {'restart' if restarts == 1 else 'restarts'}" if restarts else ""
+    last = f" Last collectives: {shortage.last_collectives}." if shortage.last_collectives else ""
     return (
         f"out of memory{after}: {shortage} with strategy {strategy_name(job.recipe.strategy)} and "
-        f"{sizes_in_words(job.recipe)} (its output is in {shortage.log}). {would_fit(job, machine)}"
+        f"{sizes_in_words(job.recipe)} (its output is in {shortage.log}). {would_fit(job, machine)}{last}"
     )

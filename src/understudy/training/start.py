@@ -15,6 +15,7 @@ from understudy.errors import StoppedError, UnderstudyError
 from understudy.launch.cause import FailedRunError
 from understudy.launch.hangs import HangWatch
 from understudy.launch.host_group import Alone, Group
+from understudy.launch.last_collectives import last_collectives
 from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
 from understudy.launch.outcome import first_outcome, told_outcome
@@ -114,8 +115,13 @@ class _HostRun:
         """This host's part of them; None where there is no other host."""
         if self.host is None:
             return None
-        before = sum(self.counts[node] for node in self.group.members if node < self.group.node)
-        return Share(before, self.processes, self.host.address, self.host.port, attempt)
+        first = self.ranks(self.group.node).start
+        return Share(first, self.processes, self.host.address, self.host.port, attempt)
+
+    def ranks(self, node: int) -> range:
+        """Of a host that takes part."""
+        before = sum(self.counts[member] for member in self.group.members if member < node)
+        return range(before, before + self.counts[node])
 
 
 def _refuse_alone(recipe: Recipe, sources: SourceMap) -> None:
@@ -220,10 +226,11 @@ def _attempts(run: _HostRun, directory: RunDirectory, job: Sequence[str], restar
     group, attempt = run.group, 0
     while True:
         outcome = _attempt(run, arguments, directory, attempt)
-        where = "" if run.host is None else group.name(group.node)
-        told = group.share(f"outcome {attempt}", told_outcome(outcome, where), _nothing, tolerant=True)
+        ours = told_outcome(outcome, last_collectives(directory, run.ranks(group.node)))
+        told = group.share(f"outcome {attempt}", ours, _nothing, tolerant=True)
         lost = [node for node in group.members if node not in told]
-        first = first_outcome(told, group.lost(lost) if lost else None)
+        theirs = last_collectives(directory, (rank for node in lost for rank in run.ranks(node)))
+        first = first_outcome(told, group.lost(lost) if lost else None, theirs)
         if first is None:
             return
         if group.members[0] in lost:
