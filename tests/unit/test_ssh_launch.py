@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -156,3 +157,37 @@ def test_without_ssh_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="there is no ssh here"):
         check_hosts(launcher(), HOSTS, "recipe.yaml", {})
+
+
+HOSTS_THAT_FAIL = """\
+for last; do :; done
+case "$last" in
+*ssh_facts*) cat {directory}/facts; exit 0 ;;
+esac
+echo "$last" >> {directory}/starts
+case "$last" in
+*NODE_RANK=0*) printf 'one\\000\\n\\001two\\n'; exit 255 ;;
+esac
+exit 5
+"""
+
+
+@pytest.mark.parametrize(("most", "starts"), [(1, ["1"]), (2, ["2", "0"]), (3, ["3", "1"])])
+def test_restarts_count_the_same_whether_the_hosts_or_their_launcher_begins_them(
+    most: int,
+    starts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first host of each start is lost after one restart by itself."""
+    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    (tmp_path / "hosts").write_text("localhost\nnode2\n")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts").write_text(json.dumps(host_facts(str(tmp_path), "recipe.yaml", "localhost")))
+    fake_ssh(tmp_path, HOSTS_THAT_FAIL.format(directory=tmp_path), monkeypatch)
+    limits = [f"cluster.max_restarts={most}", "cluster.min_nodes=1"]
+    assert exit_status(["launch", "recipe.yaml", "--hostfile", "hosts", *limits]) == 5
+    last = [line for line in (tmp_path / "starts").read_text().splitlines() if "NODE_RANK=0" in line]
+    assert [re.findall(r"max_restarts=(\d+)", line)[-1] for line in last] == starts
+    assert "localhost: one\nlocalhost: two\n" in capsys.readouterr().out

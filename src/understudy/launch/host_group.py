@@ -179,7 +179,8 @@ class HostGroup:
         with self._lock:
             self._said["left"] = True
         self._closing.set()
-        self._thread.join(FAREWELL_SECONDS)
+        if not self._still(self.node, LOST_WHILE_RUNNING_SECONDS):  # or nobody would hear it
+            self._thread.join(FAREWELL_SECONDS)
 
     def _is_gone(self, node: int, seconds: float) -> bool:
         """Whether nothing more is to be expected of a host."""

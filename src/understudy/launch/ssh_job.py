@@ -34,24 +34,27 @@ def launch_over_ssh(
         with requests.interruptible():
             check_hosts(launcher, hosts, recipe, host_facts(str(launcher.directory), recipe, hosts[0].name))
         least = cluster.min_nodes or len(hosts)
-        left, restarts = tuple(hosts), 0
+        left, restarts, changes = tuple(hosts), 0, list[str]()
+
+        def enough(count: int) -> bool:
+            return restarts < cluster.max_restarts and count >= least
+
         while True:
-            commands = launcher.run(left, ["train", recipe, *arguments])
+            commands = launcher.run(left, ["train", recipe, *arguments, *changes])
             try:
-                run_on_hosts(
-                    left,
-                    commands,
-                    secrets,
-                    requests,
-                    going_on=lambda count: cluster.max_restarts > 0 and count >= least,
-                )
+                run_on_hosts(left, commands, secrets, requests, going_on=enough)
                 return
             except LostHostsError as error:
-                if restarts == cluster.max_restarts or len(error.left) < least or requests.received:
+                restarts += error.restarts
+                if not enough(len(error.left)) or requests.received:
                     raise
                 restarts, left = restarts + 1, error.left
                 arguments = [argument for argument in arguments if argument != "--overwrite"]
+                # The hosts count on from here, and are fewer.
+                changes = [f"cluster.max_restarts={cluster.max_restarts - restarts}"]
+                if cluster.nodes > 1:
+                    changes.append(f"cluster.nodes={len(left)}")
                 say(
-                    f"{error} Starting again on {', '.join(host.name for host in left)} ({restarts} of "
-                    f"{cluster.max_restarts} restarts)."
+                    f"{error} Starting again on {', '.join(host.name for host in left)} (restart {restarts} of "
+                    f"{cluster.max_restarts})."
                 )

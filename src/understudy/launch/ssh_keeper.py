@@ -5,7 +5,8 @@
 runs `understudy ARGUMENTS…` in DIRECTORY for as long as the connection lasts. On standard input comes a line of JSON,
 variables that no command line may show, then a line now and then: the name of a signal to pass on, `KILL`, or
 `ALIVE`. Where these cease, the connection or who held it is gone: what was started is asked to stop, then killed. Its
-output goes through here, so that it need not fail when there is nobody left to read it.
+output goes through here, so that it need not fail when there is nobody left to read it; signs of life, and of restarts,
+are single bytes among it that no text has.
 """
 
 from __future__ import annotations
@@ -21,15 +22,16 @@ from contextlib import suppress
 from functools import partial
 
 from understudy.errors import LostProcessError
+from understudy.launch.keeper_note import ALIVE_SECONDS, KeeperNote
 from understudy.launch.parent import die_with_parent
-from understudy.recipe.environment import child_environment
+from understudy.recipe.environment import KEPT_VARIABLE, child_environment
 
-__all__ = ["ALIVE", "ALIVE_SECONDS", "KILL", "main"]
+__all__ = ["ALIVE", "ALIVE_BYTE", "KILL", "RESTART_BYTE", "main"]
 
 ALIVE, KILL = "ALIVE", "KILL"
-ALIVE_SECONDS = 2.0
-"""From one sign of life to the next."""
-SILENCE_SECONDS = 60.0
+ALIVE_BYTE, RESTART_BYTE = b"\0", b"\1"
+SILENCE_SECONDS = 20.0
+"""More than ssh needs to find that a connection is broken."""
 STOPPING_SECONDS = 60.0
 """For a checkpoint, once the connection is gone."""
 POLL_SECONDS = 0.1
@@ -46,7 +48,9 @@ def main() -> None:
 class _Keeper:
     def __init__(self) -> None:
         self._received = b""
-        self._heard = time.monotonic()
+        self._note = KeeperNote.new()
+        self._alive_at = 0.0
+        self._told_restarts = 0
         self._kill_at: float | None = None
 
     def run(self, command: list[str], directory: str) -> int:
@@ -56,8 +60,8 @@ class _Keeper:
         with subprocess.Popen(
             command,
             cwd=directory,
-            env=child_environment({"PYTHONUNBUFFERED": "1", **json.loads(line)}),
-            stdin=subprocess.DEVNULL,
+            env=child_environment({"PYTHONUNBUFFERED": "1", KEPT_VARIABLE: "1", **json.loads(line)}),
+            stdin=self._note.fileno(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
@@ -93,10 +97,10 @@ class _Keeper:
                     if key.fd == STDIN:
                         self._obey(more, process)
                     else:
-                        with suppress(OSError):  # nobody reads it any more
-                            os.write(key.data, more)
+                        _write(key.data, more)
                 now = time.monotonic()
-                if self._kill_at is None and now - self._heard > SILENCE_SECONDS:
+                self._tell(now)
+                if self._kill_at is None and self._note.silent_seconds > SILENCE_SECONDS:
                     self._obey(b"", process)
                 if self._kill_at is not None and now > self._kill_at:
                     _signal(process, signal.SIGKILL)
@@ -106,18 +110,34 @@ class _Keeper:
                     if not any(key.fd != STDIN for key in selector.get_map().values()) or now - ended_at > 1.0:
                         return
 
+    def _tell(self, now: float) -> None:
+        """Signs of life, and of restarts."""
+        signs = b""
+        if now >= self._alive_at:
+            self._alive_at, signs = now + ALIVE_SECONDS, ALIVE_BYTE
+        restarts = self._note.restarts
+        signs += RESTART_BYTE * (restarts - self._told_restarts)
+        self._told_restarts = restarts
+        if signs:
+            _write(STDOUT, signs)
+
     def _obey(self, more: bytes, process: subprocess.Popen[bytes]) -> None:
-        self._heard = now = time.monotonic()
         if not more:
-            self._kill_at = self._kill_at or now + STOPPING_SECONDS
+            self._kill_at = self._kill_at or time.monotonic() + STOPPING_SECONDS
             _signal(process, signal.SIGTERM)
             return
+        self._note.note_heard()
         *lines, self._received = (self._received + more).split(b"\n")
         for line in map(bytes.decode, lines):
             if line == KILL:
                 _signal(process, signal.SIGKILL)
             elif line != ALIVE:
                 _signal(process, signal.Signals[line])
+
+
+def _write(descriptor: int, what: bytes) -> None:
+    with suppress(OSError):  # nobody reads it any more
+        os.write(descriptor, what)
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -11,14 +11,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 from understudy.errors import LostProcessError, StoppedError, UnderstudyError
 from understudy.launch.cause import FailedRunError
 from understudy.launch.hostfile import ListedHost
+from understudy.launch.keeper_note import ALIVE_SECONDS, SILENT_SECONDS
 from understudy.launch.signals import StopRequests
-from understudy.launch.ssh_keeper import ALIVE, ALIVE_SECONDS, KILL
+from understudy.launch.ssh_keeper import ALIVE, ALIVE_BYTE, KILL, RESTART_BYTE
 
 __all__ = ["LostHostsError", "run_on_hosts"]
 
@@ -32,13 +33,14 @@ STOPPED = StoppedError.exit_status
 
 
 class LostHostsError(LostProcessError):
-    """Connections to hosts broke; `left` are those that ended by themselves."""
+    """Connections to hosts broke; `left` are those that ended by themselves, after `restarts` of their own."""
 
-    def __init__(self, lost: Sequence[ListedHost], left: Sequence[ListedHost]) -> None:
+    def __init__(self, lost: Sequence[ListedHost], left: Sequence[ListedHost], restarts: int) -> None:
         names = " and ".join(host.name for host in lost)
         super().__init__(f"{names}: the connection was lost; the host is down, or its network is.")
         self.lost = tuple(lost)
         self.left = tuple(left)
+        self.restarts = restarts
 
 
 @dataclass
@@ -47,8 +49,17 @@ class _Part:
 
     host: ListedHost
     process: subprocess.Popen[bytes]
-    copiers: tuple[threading.Thread, ...]
+    copiers: tuple[threading.Thread, ...] = ()
     ended_order: int | None = None
+    given_up: bool = False
+    """It is not waited for any longer: it has fallen silent, and so have all that have not ended."""
+    heard_at: float = field(default_factory=time.monotonic)
+    restarts: int = 0
+    """For losses, by the hosts themselves; the leading one counts them."""
+
+    @property
+    def lost(self) -> bool:
+        return self.given_up or self.process.returncode == SSH_FAILED
 
     def tell(self, line: str) -> None:
         assert self.process.stdin is not None
@@ -69,9 +80,9 @@ def run_on_hosts(
 
     A request to stop is passed on to all, and then it takes as long as they take, or until the second one, which kills
     them. When one fails the others get a while to end too, unless `going_on`, given how many are left, says that they
-    can do without a host that was lost. Raises `LostHostsError` when the first host was lost, or all that were left
-    failed for that; `StoppedError` when they stopped on request; else `FailedRunError` with the status of the first
-    that failed. Nothing is left running on a host that can be reached.
+    can do without a host that was lost; those that have fallen silent are not waited for. Raises `LostHostsError` when
+    the first host was lost, or all that were left failed for that; `StoppedError` when they stopped on request; else
+    `FailedRunError` with the status of the first that failed. Nothing is left running on a host that can be reached.
     """
     parts: list[_Part] = []
     try:
@@ -92,19 +103,31 @@ def _start(host: ListedHost, command: Sequence[str], secrets: Mapping[str, str])
     assert process.stdout is not None
     assert process.stderr is not None
     os.set_blocking(process.stdin.fileno(), False)
+    part = _Part(host, process)
     pairs = ((process.stdout, sys.stdout), (process.stderr, sys.stderr))
-    copiers = tuple(threading.Thread(target=_copy, args=(host.name, *pair), daemon=True) for pair in pairs)
-    for copier in copiers:
+    part.copiers = tuple(threading.Thread(target=_copy, args=(part, *pair), daemon=True) for pair in pairs)
+    for copier in part.copiers:
         copier.start()
-    part = _Part(host, process, copiers)
     part.tell(json.dumps(dict(secrets)))
     return part
 
 
-def _copy(name: str, source: IO[bytes], target: IO[str]) -> None:
-    for line in source:
-        target.write(f"{name}: {line.decode(errors='replace').rstrip()}\n")
-        target.flush()
+def _copy(part: _Part, source: IO[bytes], target: IO[str]) -> None:
+    """Line by line, but for the signs of its keeper."""
+    begun = b""
+    while more := os.read(source.fileno(), 2**16):
+        part.heard_at = time.monotonic()
+        part.restarts += more.count(RESTART_BYTE)
+        *lines, begun = (begun + more.replace(ALIVE_BYTE, b"").replace(RESTART_BYTE, b"")).split(b"\n")
+        for line in lines:
+            _print(part.host, line, target)
+    if begun:
+        _print(part.host, begun, target)
+
+
+def _print(host: ListedHost, line: bytes, target: IO[str]) -> None:
+    target.write(f"{host.name}: {line.decode(errors='replace').rstrip()}\n")
+    target.flush()
 
 
 def _watch(parts: Sequence[_Part], requests: StopRequests, going_on: Callable[[int], bool]) -> None:
@@ -126,12 +149,22 @@ def _watch(parts: Sequence[_Part], requests: StopRequests, going_on: Callable[[i
             if part.ended_order is None and part.process.poll() is not None:
                 part.ended_order, ended = ended, ended + 1
         bad = [part for part in parts if part.process.returncode not in (None, 0, STOPPED)]
-        lost = [part for part in bad if part.process.returncode == SSH_FAILED]
-        if bad and stop_at is None and not (bad == lost and parts[0] not in lost and going_on(len(parts) - len(lost))):
+        running = [part for part in parts if part.ended_order is None]
+        if bad and all(now - part.heard_at > SILENT_SECONDS for part in running):
+            for part in running:
+                part.given_up = True
+            return
+        if bad and stop_at is None and not (_without(bad, parts[0]) and going_on(len(parts) - len(bad))):
             stop_at = now + SETTLE_SECONDS
         if stop_at is not None and now >= stop_at:
             return
         time.sleep(POLL_SECONDS)
+
+
+def _without(bad: Sequence[_Part], first: _Part) -> bool:
+    """Whether the first host may be going on without these: they are lost, to us or to it."""
+    gone = (SSH_FAILED, LostProcessError.exit_status)
+    return first not in bad and all(part.process.returncode in gone for part in bad)
 
 
 def _end(parts: Sequence[_Part]) -> None:
@@ -141,8 +174,9 @@ def _end(parts: Sequence[_Part]) -> None:
         part.tell(KILL)
     deadline = time.monotonic() + KILLED_SECONDS
     for part in running:
-        with suppress(subprocess.TimeoutExpired):
-            part.process.wait(max(0.0, deadline - time.monotonic()))
+        if not part.given_up:
+            with suppress(subprocess.TimeoutExpired):
+                part.process.wait(max(0.0, deadline - time.monotonic()))
         if part.process.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(part.process.pid, signal.SIGKILL)
@@ -154,7 +188,7 @@ def _end(parts: Sequence[_Part]) -> None:
 
 def _raise_outcome(parts: Sequence[_Part], requests: StopRequests) -> None:
     order = sorted((part for part in parts if part.ended_order is not None), key=lambda part: part.ended_order or 0)
-    lost = [part for part in order if part.process.returncode == SSH_FAILED]
+    lost = [part for part in parts if part.lost]
     failed = [part for part in order if part.process.returncode not in (0, STOPPED, SSH_FAILED)]
     if len(requests.received) > 1 and len(order) < len(parts):
         raise FailedRunError(f"stopped by {requests} before a checkpoint was committed.", 1)
@@ -162,7 +196,8 @@ def _raise_outcome(parts: Sequence[_Part], requests: StopRequests) -> None:
     if told:
         raise _failure(told[0])
     if lost and (failed or parts[0] in lost or len(order) < len(parts)):
-        raise LostHostsError([part.host for part in lost], [part.host for part in parts if part not in lost])
+        left = [part.host for part in parts if part not in lost]
+        raise LostHostsError([part.host for part in lost], left, parts[0].restarts)
     if failed:
         raise _failure(failed[0])
     if any(part.process.returncode == STOPPED for part in parts):

@@ -21,6 +21,7 @@ from understudy.recipe.place import (
 
 __all__ = [
     "CONSOLE_VARIABLE",
+    "KEPT_VARIABLE",
     "LAUNCHER_VARIABLE",
     "RENDEZVOUS_VARIABLE",
     "HostEnvironment",
@@ -35,6 +36,7 @@ __all__ = [
     "gloo_interface",
     "host_environment",
     "host_name",
+    "is_kept",
     "launcher_process",
     "launcher_variables",
     "process_environment",
@@ -54,6 +56,8 @@ CONSOLE_VARIABLE = "UNDERSTUDY_CONSOLE"
 LAUNCHER_VARIABLE = "UNDERSTUDY_LAUNCHER"
 """Set by our own local launcher: its process id."""
 
+KEPT_VARIABLE = "UNDERSTUDY_KEPT"
+"""Set by `understudy launch` for what it starts on a host, whose standard input is a `launch.keeper_note`."""
 
 _OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _MARKS = ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", RENDEZVOUS_VARIABLE)
@@ -64,7 +68,7 @@ _CARRIED_PREFIXES = (
     *("UNDERSTUDY_", "HF_", "OMP_", "TORCH_", "PYTORCH_", "CUDA_", "ASCEND_"),
     *("NCCL_", "GLOO_", "HCCL_", "FI_", "UCX_"),
 )
-_OF_ONE_PROCESS = (RENDEZVOUS_VARIABLE, CONSOLE_VARIABLE, LAUNCHER_VARIABLE)
+_OF_ONE_PROCESS = (RENDEZVOUS_VARIABLE, CONSOLE_VARIABLE, LAUNCHER_VARIABLE, KEPT_VARIABLE)
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD")
 
 _FOR_DEBUGGING = {
@@ -131,6 +135,11 @@ def console_descriptor() -> int | None:
 def launcher_process() -> int | None:
     """The process id of our local launcher; None outside of it."""
     return number(os.environ, LAUNCHER_VARIABLE) if LAUNCHER_VARIABLE in os.environ else None
+
+
+def is_kept() -> bool:
+    """Whether `understudy launch` started this launcher."""
+    return KEPT_VARIABLE in os.environ and LAUNCHER_VARIABLE not in os.environ
 
 
 def launcher_variables() -> tuple[dict[str, str], bool]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from understudy.checkpoint.store import CheckpointStore
 from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError, UserError
 from understudy.launch.cause import Cause, Shortage, ShortOfMemoryError, shortage_of
+from understudy.launch.keeper_note import tell_of_restart
 from understudy.launch.run_claim import Claim
 from understudy.launch.run_directory import RunDirectory
 from understudy.plan.machine import Machine
@@ -90,6 +91,7 @@ class Restarts:
         except UserError:  # so few processes cannot run it
             raise error from None
         self._losses += 1
+        tell_of_restart()
         per_host = -(-processes // nodes)
         cluster = recipe.cluster.model_copy(update={"nodes": nodes, "processes": per_host})
         hosts = f" on {nodes} {'host' if nodes == 1 else 'hosts'}" if nodes != recipe.cluster.nodes else ""

@@ -15,6 +15,7 @@ from understudy.errors import StoppedError, UnderstudyError
 from understudy.launch.cause import FailedRunError
 from understudy.launch.hangs import HangWatch
 from understudy.launch.host_group import Alone, Group
+from understudy.launch.keeper_note import cut_off_from_launch
 from understudy.launch.last_collectives import last_collectives
 from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
@@ -237,7 +238,8 @@ def _attempts(run: _HostRun, directory: RunDirectory, job: Sequence[str], restar
             raise first
         group.drop(lost)
         if restarts is not None:
-            problem = _prepare_again(run, restarts, first, len(run.counts))
+            cut_off = bool(lost) and cut_off_from_launch()
+            problem = first if cut_off else _prepare_again(run, restarts, first, len(run.counts))
             decided = None if problem is None else told_outcome(problem)
             group.share(f"decision {attempt}", {"again": problem is None, "end": decided}, _nothing)
             if problem is not None:
