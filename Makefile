@@ -37,7 +37,7 @@ quickstart-distill: $(VENV)/run.stamp
 	$(BIN)/understudy compare runs/quickstart-from-data runs/quickstart-distill
 
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not device and not matrix" tests/unit tests/distributed tests/real
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not device and not matrix" tests/real tests/distributed tests/unit
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
