@@ -19,7 +19,7 @@ NOBODY = 2**22
 
 
 def pulse(rank: int, number: int, *, done: bool, name: str = "all_reduce", host: str = "a") -> Pulse:
-    entered = Collective("0", number, name, ((4,),), done)
+    entered = Collective("gloo:0", number, name, ((4,),), done)
     return Pulse(rank, host, NOBODY + rank, 1, TRAINING, 7, 8, (entered,))
 
 

@@ -31,8 +31,8 @@ OTHERS_SECONDS = 2.0
 """The host of a late rank speaks first: it alone knows whether that one is stopped, and has its stacks written."""
 STACK_SECONDS = 0.2
 """For processes to write their stacks, which they do not tell of, before they are killed."""
-WORLD = "0"
-"""What PyTorch calls the group of all processes."""
+WORLD = ":0"
+"""At the end of what the group of all processes is called."""
 
 
 def look_seconds(pulses: int) -> float:
@@ -56,7 +56,7 @@ def _late_in(group: str, pulses: Sequence[Pulse]) -> dict[int, str]:
     if all(one.done for one in ahead.values()):
         return {}
     behind = {rank: f"; its last {_in_words(one)}" for rank, one in ranks.items() if one.number < foremost}
-    if group == WORLD:
+    if group.endswith(WORLD):
         behind |= {pulse.rank: "" for pulse in pulses if pulse.rank not in ranks}
     if behind:
         missed = f"has not entered {next(iter(ahead.values())).name} {foremost}, which {_ranks(ahead)} waits in"

@@ -31,8 +31,6 @@ class LocalLauncher:
             "LOCAL_RANK": str(local),
             "LOCAL_WORLD_SIZE": str(run.processes),
             "PYTHONUNBUFFERED": "1",
-            # Collectives that are remembered, for `training.pulse`; kept when a process group is made.
-            "TORCH_FR_BUFFER_SIZE": "64",
         }
         if cluster.share is None:
             environment[RENDEZVOUS_VARIABLE] = f"file://{cluster.rendezvous}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Collective:
     """One that a process has entered."""
 
     group: str
+    """Backend and name, such as `gloo:0`."""
     number: int
     """Of those of its group, from 1."""
     name: str
@@ -56,6 +57,13 @@ class Pulse:
     """How often it got on: began a micro-batch, generated a token, wrote a tensor."""
     collectives: tuple[Collective, ...]
     """The last of each group; empty where this PyTorch does not tell."""
+    time_seconds: float = 0.0
+    """Of this pulse, since the epoch, by rank 0's clock."""
+    step_seconds: float | None = None
+    """That the last step took; None before one is done."""
+    entered: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    """By group: the number of each of the last collectives of steps, and when this process entered it, in microseconds
+    since the epoch by rank 0's clock."""
 
 
 def write_pulse(path: Path, pulse: Pulse) -> None:
@@ -69,4 +77,6 @@ def read_pulse(path: Path) -> Pulse | None:
         told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return Pulse(**{**told, "collectives": tuple(map(Collective.of, told["collectives"]))})
+    collectives = tuple(map(Collective.of, told["collectives"]))
+    entered = {group: tuple(map(tuple, times)) for group, times in told["entered"].items()}
+    return Pulse(**{**told, "collectives": collectives, "entered": entered})

@@ -105,6 +105,11 @@ class RunDirectory:
         """Where process `rank` was when it was late."""
         return self.logs / f"rank-{rank}.stacks"
 
+    @property
+    def slow_ranks(self) -> Path:
+        """Which processes the others waited for, where there were any."""
+        return self.logs / "slow-ranks.log"
+
     def accept_model(self) -> None:
         """Makes the unproven model the final one."""
         self.unproven_model.rename(self.model)

@@ -41,6 +41,7 @@ __all__ = [
     "launcher_variables",
     "process_environment",
     "processes_per_host",
+    "remember_collectives",
     "set_build_environment",
     "teacher_key",
     "visible_devices",
@@ -115,6 +116,12 @@ def set_build_environment(extensions: Path, tools: Path) -> None:
     directories = os.environ.get("PATH", "").split(os.pathsep)
     if str(tools) not in directories:
         os.environ["PATH"] = os.pathsep.join([*directories, str(tools)])
+
+
+def remember_collectives(number_of_them: int) -> None:
+    """PyTorch's flight recorder, which begins with this process's first group, is going to keep so many, unless the
+    user chose another number."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(number_of_them))
 
 
 def extensions_directory() -> Path:

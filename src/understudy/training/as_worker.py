@@ -13,10 +13,11 @@ from pathlib import Path
 
 from understudy.devices.detect import detect_machine
 from understudy.errors import OutOfMemoryError, StoppedError, UserError
-from understudy.launch.cause import Cause
+from understudy.launch.cause import Cause, write_cause
 from understudy.launch.run_claim import Claim, claim_run_directory
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import noted_signals
+from understudy.launch.watching import start_watching
 from understudy.plan.machine import Machine
 from understudy.recipe.environment import ProcessEnvironment
 from understudy.recipe.schema import Recipe
@@ -64,9 +65,8 @@ def start_as_worker(
             console, take_back = silent_console(), partial(_wait_until_taken_back, RunDirectory(path))
         requests.check()
         learn = partial(leave_lesson, RunDirectory(path), original=recipe, asked=resolved, machine=machine)
-        report = _reporter(take_back, partial(_leave, stack), learn)
-        # The directory for logs is there once rank 0 has entered the process group.
-        entered = partial(_send_output_to, RunDirectory(path).log(environment.rank))
+        entered = _Entered(RunDirectory(path), environment, resolved.cluster.hang_seconds)
+        report = _reporter(take_back, partial(_leave, stack), learn, entered)
         # From here on requests are for `run_worker` to look at.
         run_worker(prepared.job, environment, console, report=report, entered=entered)
 
@@ -90,8 +90,32 @@ def _chosen_as_worker(
         return choose_as_usual(recipe, machine, size, nodes=nodes)
 
 
+class _Entered:
+    """What a process does once all have met: the run directory is then this run's."""
+
+    def __init__(self, directory: RunDirectory, environment: ProcessEnvironment, hang_seconds: float) -> None:
+        self._directory = directory
+        self._environment = environment
+        self._hang_seconds = hang_seconds
+        self._done = False
+
+    def __call__(self) -> None:
+        directory, rank = self._directory, self._environment.rank
+        directory.cause(rank).unlink(missing_ok=True)  # an earlier run's
+        if self._environment.local_rank == 0:
+            start_watching(directory, self._environment.world_size, self._hang_seconds, rank)
+        _send_output_to(directory.log(rank))
+        self._done = True
+
+    def note(self, cause: Cause) -> None:
+        """Leaves it in the run directory, where that is known to be ours, and is going to stay."""
+        if self._done and not cause.refused:
+            with suppress(OSError):  # a full disk; it is said all the same
+                write_cause(self._directory.cause(cause.rank), cause)
+
+
 def _reporter(
-    take_back: Callable[[], bool], leave: Callable[[], None], learn: Callable[[Cause], str]
+    take_back: Callable[[], bool], leave: Callable[[], None], learn: Callable[[Cause], str], entered: _Entered
 ) -> Callable[[Cause], None]:
     """Says a failure on what is standard error now, whatever is redirected later. One that others follow from is said
     alone, and a refused run is taken back by `take_back`, which is false where another process speaks. All stop alike
@@ -100,6 +124,7 @@ def _reporter(
     stream = os.fdopen(os.dup(STDERR), "w", encoding="utf-8")
 
     def report(cause: Cause) -> None:
+        entered.note(cause)
         stopped = cause.exit_status == StoppedError.exit_status
         if cause.peer_failed or (stopped and cause.rank != 0) or (cause.refused and not take_back()):
             return

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -11,6 +15,10 @@ from understudy.launch.pulses import STARTING, TRAINING
 from understudy.training.hooks import Hook, StepResult, TrainingState
 
 __all__ = ["Headway", "MarkedObjective"]
+
+
+STEPS = 64
+NEVER_NS = 2**63
 
 
 class Headway(Hook):
@@ -24,7 +32,14 @@ class Headway(Hook):
         self.marks = 0
         self.step: int | None = None
         """Optimizer steps done; None before training."""
+        self.step_seconds: float | None = None
+        """That the last one took."""
+        self.clock_lead_ns = 0
+        """That this process's clock is ahead of rank 0's."""
         self._steps_here = 0
+        self._began_ns: int | None = None
+        self._steps: deque[tuple[int, int]] = deque(maxlen=STEPS)
+        """When each of the last ones began and ended."""
 
     def mark(self) -> None:
         """From any thread: something is done that others, or the user, wait for."""
@@ -43,9 +58,26 @@ class Headway(Hook):
     def start(self, state: TrainingState) -> None:
         self.step = state.step
 
+    def before_step(self, state: TrainingState) -> None:
+        self._began_ns = time.time_ns()
+
     def after_step(self, result: StepResult) -> None:
+        assert self._began_ns is not None, "before_step comes first"
+        ended_ns = time.time_ns()
+        self._steps.append((self._began_ns, ended_ns))
+        self.step_seconds = (ended_ns - self._began_ns) / 1e9
+        self._began_ns = None
         self.step = result.state.step
         self._steps_here += 1
+
+    def within_steps(self, times_ns: Sequence[int]) -> list[bool]:
+        """Whether each is in one of the last steps, or in the one under way."""
+        began = self._began_ns  # first: a step that ends now is found among the others
+        steps = list(self._steps)
+        if began is not None:
+            steps.append((began, NEVER_NS))
+        places = [bisect_right(steps, (at, NEVER_NS)) - 1 for at in times_ns]
+        return [place >= 0 and at <= steps[place][1] for place, at in zip(places, times_ns)]
 
 
 class MarkedObjective:

@@ -8,19 +8,21 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-
-import torch.distributed as dist
+from typing import Any
 
 from understudy.launch.pulses import Collective, Pulse, write_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
 from understudy.training.headway import Headway
 
-__all__ = ["beating", "entered_collectives"]
+__all__ = ["REMEMBERED", "beating", "entered_collectives"]
 
 BEAT_SECONDS = 1.0
+REMEMBERED = 128
+"""Collectives that the flight recorder is to keep; to ask it for 2,000, its own number, takes 60 ms."""
+SPREAD, GOLDEN = 0.5, 0.618034
 COMPUTING = 0.05
 """Of a core: a process that uses less does nothing but wait."""
 
@@ -36,16 +38,28 @@ def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[No
         while not ended:
             headway.changed.clear()
             count += 1
-            collectives = entered_collectives()
+            recorded = _recorded()
+            collectives, entered = _last_of(recorded), _entered_in_steps(recorded, headway)
             waits = any(not one.done for one in collectives)
             if computing.since_last() and headway.shown_by_computing and not waits:
                 headway.mark()
+            now_ns = time.time_ns() - headway.clock_lead_ns
             pulse = Pulse(
-                rank, host_name(), os.getpid(), count, headway.phase, headway.step, headway.marks, collectives
+                rank=rank,
+                host=host_name(),
+                process=os.getpid(),
+                beat=count,
+                phase=headway.phase,
+                step=headway.step,
+                marks=headway.marks,
+                collectives=collectives,
+                time_seconds=now_ns / 1e9,
+                step_seconds=headway.step_seconds,
+                entered=entered,
             )
             with suppress(OSError):  # a full disk
                 write_pulse(path, pulse)
-            headway.changed.wait(BEAT_SECONDS)
+            headway.changed.wait(_until_next_beat(now_ns / 1e9))
 
     with directory.stacks(rank).open("w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -61,6 +75,13 @@ def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[No
             faulthandler.unregister(signal.SIGUSR2)
             if os.fstat(stacks.fileno()).st_size == 0:  # nobody asked
                 directory.stacks(rank).unlink(missing_ok=True)
+
+
+def _until_next_beat(now_seconds: float) -> float:
+    """Ranks tell at the same time, so that they tell of the same collectives; and not always at the same moment of a
+    step, one of which may take as long as this."""
+    beat = int(now_seconds / BEAT_SECONDS) + 1
+    return (beat + SPREAD * (beat * GOLDEN % 1)) * BEAT_SECONDS - now_seconds
 
 
 class _Computing:
@@ -81,21 +102,55 @@ class _Computing:
 def entered_collectives() -> tuple[Collective, ...]:
     """The last that this process entered of each group, the latest at the end, as the flight recorder of
     torch.distributed tells; empty where it does not: an older PyTorch, or a recorder that is off."""
-    dump = getattr(getattr(dist, "_distributed_c10d", None) or _c10d(), "_dump_fr_trace_json", None)
-    if dump is None:
-        return ()
+    return _last_of(_recorded())
+
+
+def _recorded() -> list[dict[str, Any]]:
+    """Collectives that are remembered, in order. PyTorch keeps those of NCCL by themselves."""
+    found: list[dict[str, Any]] = []
+    for recorder in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
+        if (dump := getattr(_c10d(), recorder, None)) is not None:
+            found += [entry for entry in json.loads(dump()).get("entries", ()) if not entry.get("is_p2p")]
+    return sorted(found, key=_time_ns)  # of one group they are sorted
+
+
+def _last_of(recorded: Sequence[dict[str, Any]]) -> tuple[Collective, ...]:
     last: dict[str, Collective] = {}
-    for entry in json.loads(dump()).get("entries", ()):
-        if entry.get("is_p2p"):
-            continue
-        group = str(entry["process_group"][0])
-        name = str(entry["profiling_name"]).partition(":")[2] or str(entry["profiling_name"])
+    for entry in recorded:
+        group, (_, name) = _group(entry), _kind(entry)
         sizes = tuple(tuple(map(int, size)) for size in entry["input_sizes"])
         last.pop(group, None)
         last[group] = Collective(
             group, int(entry["collective_seq_id"]), name, sizes, entry["state"] == "completed" or bool(entry["retired"])
         )
     return tuple(last.values())
+
+
+def _entered_in_steps(recorded: Sequence[dict[str, Any]], headway: Headway) -> dict[str, list[tuple[int, int]]]:
+    """See `Pulse.entered`. With gloo a collective is recorded as it is entered, with NCCL as it is queued."""
+    entered: dict[str, list[tuple[int, int]]] = {}
+    times = [_time_ns(entry) for entry in recorded]
+    for entry, at, counts in zip(recorded, times, headway.within_steps(times)):
+        if counts:
+            told = entered.setdefault(_group(entry), [])
+            told.append((int(entry["collective_seq_id"]), (at - headway.clock_lead_ns) // 1000))
+    return entered
+
+
+def _kind(entry: dict[str, Any]) -> tuple[str, str]:
+    """The backend, and what it does."""
+    backend, _, name = str(entry["profiling_name"]).rpartition(":")
+    return backend, name
+
+
+def _group(entry: dict[str, Any]) -> str:
+    """A group of two backends counts the collectives of each."""
+    backend, _ = _kind(entry)
+    return f"{backend}:{entry['process_group'][0]}"
+
+
+def _time_ns(entry: dict[str, Any]) -> int:
+    return int(entry["time_created_ns"])
 
 
 def _c10d() -> object:

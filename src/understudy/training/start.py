@@ -20,10 +20,12 @@ from understudy.launch.last_collectives import last_collectives
 from understudy.launch.launcher import Share
 from understudy.launch.local import launch_local
 from understudy.launch.outcome import first_outcome, told_outcome
+from understudy.launch.processes import Watcher
 from understudy.launch.run_claim import claim_run_directory
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.run_lock import still_owned
 from understudy.launch.signals import StopRequests, noted_signals
+from understudy.launch.stragglers import StragglerWatch
 from understudy.plan.machine import Machine
 from understudy.recipe.environment import HostEnvironment, processes_per_host
 from understudy.recipe.schema import Recipe
@@ -255,7 +257,12 @@ def _attempt(
     run: _HostRun, arguments: tuple[str, ...], directory: RunDirectory, attempt: int
 ) -> UnderstudyError | None:
     """How the processes ended."""
-    hang = HangWatch(directory, run.processes, run.recipe.cluster.hang_seconds)
+    watchers: list[Watcher] = [
+        lambda: run.group.trouble(attempt),
+        HangWatch(directory, run.processes, run.recipe.cluster.hang_seconds),
+    ]
+    if run.group.leads:
+        watchers.append(StragglerWatch(directory, run.processes, run.say))
     try:
         launch_local(
             arguments,
@@ -264,7 +271,7 @@ def _attempt(
             run.machine.cores,
             accelerated=run.machine.accelerated,
             share=run.share(attempt),
-            watchers=[lambda: run.group.trouble(attempt), hang],
+            watchers=watchers,
         )
     except UnderstudyError as error:
         return error

@@ -31,6 +31,7 @@ from understudy.recipe.environment import (
     console_descriptor,
     launcher_process,
     process_environment,
+    remember_collectives,
 )
 from understudy.recipe.schema import Recipe
 from understudy.recipe.sizes import limited_bytes
@@ -39,6 +40,7 @@ from understudy.strategies.registry import make_strategy
 from understudy.training.adapting import Adapted
 from understudy.training.asking import AskedData, Asking, make_asking
 from understudy.training.checkpoint_setup import make_checkpoint_hook, restore, run_model
+from understudy.training.clocks import clock_lead_ns
 from understudy.training.companions import Companions, make_companions
 from understudy.training.console import Console, open_console, silent_console
 from understudy.training.divergence import DivergenceGuard, allowed_non_finite_steps
@@ -52,7 +54,7 @@ from understudy.training.loop import train
 from understudy.training.memory_line import memory_line
 from understudy.training.metrics import MetricsHook
 from understudy.training.on_policy import with_own_answers
-from understudy.training.pulse import beating
+from understudy.training.pulse import REMEMBERED, beating
 from understudy.training.seeding import SeedHook
 from understudy.training.sinks.registry import RunFacts, Sink, make_sinks
 from understudy.training.stopping import StopHook, StopRequest
@@ -90,6 +92,7 @@ def run_worker(
     directory is known to be this run's. It is from the start where this is None. On a failure the process ends with the
     failure's exit status; `report` is given its cause first.
     """
+    remember_collectives(REMEMBERED)
     note, headway, stop = StepNote(), Headway(), StopRequest()
     pulse = beating(RunDirectory(job.run_directory), environment.rank, headway)
     with ending_on_failure(environment.rank, note, report), stop.noting_signals(), ExitStack() as stack:
@@ -108,6 +111,7 @@ def run_worker(
                 entered()
                 stack.enter_context(pulse)
             dist.barrier()
+            headway.clock_lead_ns = clock_lead_ns()
             headway.begin(LOADING)
             trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, headway, stop)
         if environment.rank == 0:
