@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from understudy.cli.main import exit_status
 from understudy.errors import UserError
-from understudy.launch.kubernetes import kubernetes_manifest
+from understudy.launch import slurm_jobs
 from understudy.launch.network_profiles import find_network, network_names, network_variables
-from understudy.launch.skypilot import skypilot_task
 from understudy.launch.slurm import slurm_script
 from understudy.launch.submission import Submission
 
@@ -42,9 +40,11 @@ case $0 in
 */scontrol) [ "$2" = hostnames ] && echo n1 || { [ "$2" = node ] && echo "   NodeAddr=10.0.0.7 NodeHostName=n1"; } ;;
 esac
 [ "$1" = requeue ] && echo "$2" > "$OUT/requeued"
-[ "${0##*/}" = srun ] && { printf '%s\\0' "$@" > "$OUT/argv"; env > "$OUT/env"; pwd > "$OUT/pwd"; exit "$STATUS"; }
+[ "${0##*/}" = srun ] && { printf '%s\\0' "$@" > "$OUT/argv"; env > "$OUT/env"; pwd > "$OUT/pwd"
+    [ -n "$CANCEL" ] && kill -TERM "$PPID"; exit "$STATUS"; }
 exit 0
 """
+PLACE = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
 
 
 def submission(**changes: Any) -> Submission:
@@ -52,19 +52,20 @@ def submission(**changes: Any) -> Submission:
     return Submission(**{**fields, **changes})
 
 
-def run_script(script: str, scratch: Path, status: int = 0, restarts: int = 0) -> subprocess.CompletedProcess[bytes]:
+def run_script(
+    script: str, scratch: Path, status: int = 0, *, cancel: bool = False, restarts: int = 9
+) -> subprocess.CompletedProcess[bytes]:
     bin_directory = scratch / "bin"
     bin_directory.mkdir(exist_ok=True)
-    for name in ("srun", "scontrol", "conda"):
+    for name in ("srun", "scontrol", "conda", "understudy"):
         (bin_directory / name).write_text(STUB)
         (bin_directory / name).chmod(0o755)
     environment = {
         "PATH": f"{bin_directory}:{os.environ['PATH']}",
         "OUT": str(scratch),
         "STATUS": str(status),
-        "SLURM_JOB_ID": "12345",
-        "SLURM_JOB_NUM_NODES": "2",
-        "SLURM_JOB_NODELIST": "n[1-2]",
+        "CANCEL": "1" if cancel else "",
+        **PLACE,
         "SLURM_RESTART_COUNT": str(restarts),
     }
     return subprocess.run(["bash"], input=script.encode(), env=environment, capture_output=True, timeout=60)
@@ -86,7 +87,7 @@ def test_hostile_names_reach_the_command_as_they_are_and_run_nothing(
     argv = (scratch / "argv").read_bytes().decode().split("\0")[:-1]
     assert argv[argv.index("understudy") :] == ["understudy", "train", f"/{recipe}", *overrides]
     assert list(work.iterdir()) == []
-    assert (scratch / "pwd").read_text() == f"{work}\n"
+    assert (scratch / "pwd").read_bytes() == f"{work}\n".encode()
 
 
 @pytest.mark.parametrize("kind", ["venv", "conda", "container"])
@@ -120,16 +121,76 @@ def test_a_log_directory_that_slurm_would_read_otherwise_is_refused(directory: s
 
 
 @pytest.mark.parametrize(
-    ("status", "restarts", "again"),
+    ("status", "ends", "again"),
     [
-        *((status, 0, False) for status in range(5)),
-        *[(75, 9, True), (5, 1, True), (5, 2, False), (137, 0, True), (137, 2, False)],
+        (0, 0, 0),
+        (1, 1, 0),
+        (2, 2, 0),
+        (3, 3, 0),
+        (4, 4, 0),
+        (75, 75, 9),
+        (138, 75, 9),
+        (143, 75, 9),
+        (5, 5, 2),
+        (137, 5, 2),
     ],
 )
-def test_a_job_is_queued_again_when_that_can_help(tmp_path: Path, status: int, restarts: int, again: bool) -> None:
-    done = run_script(slurm_script(submission(max_restarts=2)), tmp_path, status, restarts)
-    assert done.returncode == status
-    assert (tmp_path / "requeued").exists() == again
+def test_a_job_is_queued_again_when_that_can_help_and_after_losses_as_often_as_allowed(
+    tmp_path: Path, status: int, ends: int, again: int
+) -> None:
+    script = slurm_script(submission(directory=str(tmp_path), max_restarts=2))
+    for start in range(min(again, 3) + 1):
+        done = run_script(script, tmp_path, status)
+        assert done.returncode == ends
+        assert (tmp_path / "requeued").exists() == (start < again), done.stdout
+        (tmp_path / "requeued").unlink(missing_ok=True)
+
+
+def test_being_preempted_uses_up_no_restart(tmp_path: Path) -> None:
+    script = slurm_script(submission(directory=str(tmp_path), max_restarts=1))
+    for status, again in [(75, True), (75, True), (5, True), (75, True), (5, False)]:
+        done = run_script(script, tmp_path, status)
+        assert (tmp_path / "requeued").exists() == again, done.stdout
+        (tmp_path / "requeued").unlink(missing_ok=True)
+    run_script(script, tmp_path, 5, restarts=0)  # another job, of the same number
+    assert (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("status", [75, 143, 5])
+def test_a_job_that_is_cancelled_stays_so(tmp_path: Path, status: int) -> None:
+    done = run_script(slurm_script(submission(directory=str(tmp_path), max_restarts=2)), tmp_path, status, cancel=True)
+    assert done.returncode in (status, 75)
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_an_environment_without_understudy_is_said_and_ends_with_2(tmp_path: Path) -> None:
+    script = slurm_script(submission(environment="venv:/nowhere"))
+    done = subprocess.run(
+        ["bash"], input=script, env=PLACE | {"PATH": "/bin:/usr/bin"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "environment has no understudy" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("time", "signal_seconds"),
+    [("2", 120), ("2:00", 120), ("0:01:59", 119), ("0-0:1", 60), ("0-0:1:1", 61), ("1:0:0", 3600)],
+)
+def test_a_time_limit_that_is_over_before_the_signal_is_refused(time: str, signal_seconds: int) -> None:
+    slurm_script(submission(options={"time": time}, signal_seconds=signal_seconds - 1))
+    with pytest.raises(UserError, match="--signal-seconds"):
+        slurm_script(submission(options={"time": time}, signal_seconds=signal_seconds))
+
+
+@pytest.mark.parametrize("time", ["soon", "-5", "1:2:3:4", "1-2-3", "1h", ":"])
+def test_what_is_no_time_limit_is_refused(time: str) -> None:
+    with pytest.raises(UserError, match="no time limit"):
+        slurm_script(submission(options={"time": time}))
+
+
+@pytest.mark.parametrize("time", ["0", "UNLIMITED", "infinite", "3", "12:00:00", "2-00:00:00", "1-0"])
+def test_time_limits_are_passed_on(time: str) -> None:
+    assert f"#SBATCH --time={time}\n" in slurm_script(submission(options={"time": time}))
 
 
 def test_hosts_are_told_where_to_meet(tmp_path: Path) -> None:
@@ -161,30 +222,6 @@ def test_no_network_names_an_interface_by_itself() -> None:
         assert "eth7" in network_variables(name, "eth7").values()
 
 
-def test_a_training_operator_job_has_a_pod_for_each_host() -> None:
-    manifest = yaml.safe_load(kubernetes_manifest(submission(name="My_Job", nodes=3, gpus_per_node=8, image="i:1")))
-    assert manifest["metadata"]["name"] == "my-job"
-    specs = manifest["spec"]["pytorchReplicaSpecs"]
-    assert {kind: spec["replicas"] for kind, spec in specs.items()} == {"Master": 1, "Worker": 2}
-    container = specs["Worker"]["template"]["spec"]["containers"][0]
-    assert container["command"] == ["torchrun", "-m", "understudy", "train", "/r.yaml"]
-    assert manifest["spec"]["nprocPerNode"] == "8"
-    assert container["resources"]["limits"] == {"nvidia.com/gpu": 8}
-
-
-def test_a_skypilot_task_starts_one_launcher_a_host(tmp_path: Path) -> None:
-    job = submission(recipe="/a b;c", directory=str(tmp_path), nodes=2, gpus_per_node=8, accelerator="H100")
-    task = yaml.safe_load(skypilot_task(job))
-    assert (task["num_nodes"], task["resources"]) == (2, {"accelerators": "H100:8"})
-    stub = tmp_path / "understudy"
-    stub.write_text('#!/bin/sh\nprintf "%s|" "$@" "$NNODES" "$NODE_RANK" "$MASTER_ADDR" "$MASTER_PORT"\n')
-    stub.chmod(0o755)
-    told = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **told}
-    done = subprocess.run(["bash", "-c", task["run"]], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.stdout == "train|/a b;c|2|1|10.0.0.1|29500|", done.stderr
-
-
 def test_bad_input_ends_with_2_and_a_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,12 +235,67 @@ def test_bad_input_ends_with_2_and_a_sentence(
         ("submit", str(recipe), "--to", "skypilot"): "--dry-run",
         ("submit", str(recipe), "trainin.epochs=1", "--dry-run"): "training",
         ("submit", str(recipe), "--environment", "magic:x"): "venv:",
+        ("submit", str(recipe), "--nodes", "0"): "--nodes",
+        ("submit", str(recipe), "--dry-run", "--volume", "c:/p"): "--volume",
+        ("submit", str(recipe), "--to", "kubernetes", "--image", "i", "--dry-run", "--volume", "c:p"): "--volume",
+        ("submit", str(recipe), "--to", "kubernetes", "--image", "i", "--dry-run", "--volume", "A b:/p"): "--volume",
+        ("submit", str(recipe), "--nodes", "2", "cluster.nodes=4"): "cluster.nodes",
+        ("submit", str(recipe), "--nodes", "2", "cluster.min_nodes=3"): "--min-nodes",
+        ("submit", str(recipe), "--gpus-per-node", "4", "cluster.processes=2"): "cluster.processes",
     }
     for arguments, sentence in cases.items():
         assert exit_status(arguments) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert sentence in error
+
+
+def stub(directory: Path, name: str, script: str) -> None:
+    (directory / name).write_text(f"#!/bin/sh\n{script}\n")
+    (directory / name).chmod(0o755)
+
+
+def test_what_slurm_refuses_is_said_in_its_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    stub(
+        tmp_path,
+        "sbatch",
+        "echo sbatch: error: no such partition >&2; echo sbatch: error: Batch job failed. >&2; exit 1",
+    )
+    assert exit_status(["submit", str(recipe)]) == 2
+    assert capsys.readouterr().err == "error: Slurm refused the job: no such partition; Batch job failed.\n"
+    (tmp_path / "file").touch()
+    assert exit_status(["submit", str(recipe), "--log-dir", str(tmp_path / "file" / "logs")]) == 2
+    assert "--log-dir" in capsys.readouterr().err
+
+
+def test_following_shows_what_a_job_prints_and_waits_for_and_ends_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(slurm_jobs, "POLL_SECONDS", 0.01)
+    output = tmp_path / "o u t"
+    output.write_text("one\ntwo\n")
+    told = [
+        "echo 'JobId=7 JobState=PENDING Reason=Priority Restarts=0 ExitCode=0:0'",
+        "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1",
+        "echo 'JobId=7 JobState=PENDING Reason=Resources Restarts=0 ExitCode=0:0'",
+        f"echo 'JobId=7 JobState=RUNNING Reason=None StdOut={output} Power= ExitCode=0:0'",
+        f"echo 'JobId=7 JobState=FAILED Reason=None StdOut={output} Power= ExitCode=3:0'",
+    ]
+    for number, answer in enumerate(told):
+        stub(tmp_path, f"answer{number}", answer)
+    (tmp_path / "count").write_text("0")
+    stub(tmp_path, "scontrol", f"cd {tmp_path}; read n < count; echo $((n+1)) > count; exec ./answer$n")
+    said: list[str] = []
+    notes: list[str] = []
+    assert slurm_jobs.follow("7", said.append, notes.append) == 3
+    assert said == ["one", "two"]
+    assert [note.split()[-1] for note in notes] == ["Priority", "Resources"]
 
 
 def test_dry_run_prints_the_script_and_submits_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,3 +305,14 @@ def test_dry_run_prints_the_script_and_submits_nothing(tmp_path: Path, capsys: p
     text = json.loads(capsys.readouterr().out)["text"]
     assert text.startswith("#!/bin/bash\n")
     assert "#SBATCH --nodes=2-4\n" in text
+
+
+def test_a_recipe_that_can_do_with_fewer_hosts_starts_again_on_fewer(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\ncluster: {nodes: 4, min_nodes: 3}\n")
+    assert exit_status(["submit", str(recipe), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "#SBATCH --nodes=3-4\n" in text
+    assert " cluster.nodes=1 cluster.min_nodes=null\n" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +16,15 @@ from understudy.errors import UserError
 
 if TYPE_CHECKING:
     from understudy.launch.submission import Submission
+    from understudy.recipe.schema import Cluster
+    from understudy.recipe.source_map import SourceMap
 
 _COUNT = click.IntRange(1, 65536)
 
 
 @click.command
 @recipe_arguments
-@click.option("--nodes", type=_COUNT, default=1, show_default=True, help="Hosts.")
+@click.option("--nodes", type=_COUNT, help="Hosts.  [default: the recipe's cluster.nodes]")
 @click.option("--min-nodes", type=_COUNT, help="Start with as few hosts when no more are free.")
 @click.option("--gpus-per-node", type=_COUNT, help="Accelerators of each host, with a process for each.")
 @click.option("--to", "scheduler", type=click.Choice(["slurm", "kubernetes", "skypilot"]), default="slurm")
@@ -60,6 +63,13 @@ _COUNT = click.IntRange(1, 65536)
     help="venv:DIRECTORY, conda:NAME or container:IMAGE (pyxis).  [default: the one this runs in]",
 )
 @click.option("--image", help="Container image, for Kubernetes and SkyPilot.")
+@click.option(
+    "--volume",
+    "volumes",
+    multiple=True,
+    metavar="CLAIM:PATH",
+    help="A Kubernetes volume that holds recipe, data and runs, and where to mount it; may be given again.",
+)
 @click.option("--accelerator", help="What SkyPilot calls the accelerators, such as H100.")
 @click.option("--dry-run", is_flag=True, help="Print what would be submitted.")
 @click.option("--follow", "following", is_flag=True, help="Show the job's output until it ends, and end as it did.")
@@ -67,7 +77,7 @@ _COUNT = click.IntRange(1, 65536)
 def command(
     recipe: Path,
     overrides: tuple[str, ...],
-    nodes: int,
+    nodes: int | None,
     min_nodes: int | None,
     gpus_per_node: int | None,
     scheduler: str,
@@ -79,6 +89,7 @@ def command(
     network_interface: str | None,
     environment: str | None,
     image: str | None,
+    volumes: tuple[str, ...],
     accelerator: str | None,
     dry_run: bool,
     following: bool,
@@ -94,19 +105,20 @@ def command(
     from understudy.launch.submission import Submission
     from understudy.recipe.load import load_recipe
 
-    loaded, _ = load_recipe(recipe, overrides)
+    loaded, sources = load_recipe(recipe, overrides)
+    nodes = nodes or loaded.cluster.nodes
+    _check_cluster(loaded.cluster, sources, nodes, gpus_per_node)
+    if scheduler == "slurm":
+        # Slurm starts a job that lost a host on as many as there are; what is left of this start ends first.
+        min_nodes = min_nodes or loaded.cluster.min_nodes
+        if min_nodes is not None:
+            overrides = (*overrides, "cluster.nodes=1", "cluster.min_nodes=null")
     if network == "auto":
         found = find_network()
         click.echo(f"network: {found or 'none of its own found on this host; nothing is set'}", err=True)
     else:
         found = None if network == "none" else network
     options = {name.replace("_", "-"): str(value) for name, value in slurm.items() if value is not None}
-    if environment is None:
-        environment = f"venv:{Path(sys.executable).parent}"
-    elif environment.partition(":")[0] not in ("venv", "conda", "container") or not environment.partition(":")[2]:
-        raise click.UsageError("--environment must be venv:DIRECTORY, conda:NAME or container:IMAGE.")
-    elif environment.startswith("venv:"):
-        environment = f"venv:{Path(environment[5:]).absolute() / 'bin'}"
     job = Submission(
         name=job_name or re.sub(r"[^\w.-]+", "-", loaded.name, flags=re.ASCII),
         recipe=str(recipe.absolute()),
@@ -116,15 +128,20 @@ def command(
         min_nodes=min_nodes,
         gpus_per_node=gpus_per_node,
         max_restarts=loaded.cluster.max_restarts,
-        environment=environment,
+        environment=_environment(environment),
         variables=network_variables(found, network_interface),
         options={**options, **({"exclusive": None} if exclusive else {})},
         log_directory=None if log_dir is None else str(log_dir.absolute()),
         signal_seconds=signal_seconds,
         image=image,
         accelerator=accelerator,
+        volumes=tuple((claim, path) for claim, _, path in (volume.partition(":") for volume in volumes)),
     )
+    if volumes and scheduler != "kubernetes":
+        raise UserError(f"--volume is for --to kubernetes; --to {scheduler} has no use for it.")
     text = _text(scheduler, job)
+    if scheduler == "kubernetes" and not volumes:
+        click.echo("note: without --volume the image must hold recipe and data, and the run is not kept", err=True)
     if dry_run:
         click.echo(json.dumps({"to": scheduler, "text": text}) if as_json else text, nl=as_json)
         return 0
@@ -134,10 +151,36 @@ def command(
     from understudy.launch.slurm_jobs import follow, submit_script
 
     if log_dir is not None:
-        log_dir.mkdir(parents=True, exist_ok=True)
+        _make(log_dir)
     identifier = submit_script(text)
     click.echo(json.dumps({"job": identifier}) if as_json else f"submitted job {identifier}")
-    return follow(identifier, click.echo) if following else 0
+    return follow(identifier, click.echo, partial(click.echo, err=True)) if following else 0
+
+
+def _environment(asked: str | None) -> str:
+    if asked is None:
+        return f"venv:{Path(sys.executable).parent}"
+    kind, _, name = asked.partition(":")
+    if kind not in ("venv", "conda", "container") or not name:
+        raise click.UsageError("--environment must be venv:DIRECTORY, conda:NAME or container:IMAGE.")
+    return f"venv:{Path(name).absolute() / 'bin'}" if kind == "venv" else asked
+
+
+def _make(log_directory: Path) -> None:
+    try:
+        log_directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--log-dir {log_directory} cannot be made ({error.strerror}); choose another.") from error
+
+
+def _check_cluster(cluster: Cluster, sources: SourceMap, nodes: int, gpus_per_node: int | None) -> None:
+    """Refuses what the job would only find out on its hosts."""
+    if cluster.nodes not in (1, nodes):
+        message = f"cluster.nodes is {cluster.nodes}, but --nodes {nodes}; leave one of them out."
+        raise sources.error("cluster.nodes", message)
+    if gpus_per_node is not None and cluster.processes not in ("auto", gpus_per_node):
+        message = f"cluster.processes is {cluster.processes}, but --gpus-per-node {gpus_per_node}; leave it out."
+        raise sources.error("cluster.processes", message)
 
 
 def _text(scheduler: str, job: Submission) -> str:

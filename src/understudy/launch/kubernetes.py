@@ -30,8 +30,14 @@ def kubernetes_manifest(job: Submission) -> str:
     if job.variables:
         container["env"] = [{"name": name, "value": value} for name, value in job.variables.items()]
     if job.gpus_per_node is not None:
-        container["resources"] = {"limits": {"nvidia.com/gpu": job.gpus_per_node}}
-    template = {"spec": {"containers": [container]}}
+        container["resources"] = {"limits": {"nvidia.com/gpu": str(job.gpus_per_node)}}
+    # Collectives between the GPUs of a host need more shared memory than the 64 MiB that a container gets.
+    volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
+    container["volumeMounts"] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
+    for number, (claim, path) in enumerate(job.volumes):
+        volumes.append({"name": f"volume-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        container["volumeMounts"].append({"name": f"volume-{number}", "mountPath": path})
+    template = {"spec": {"containers": [container], "volumes": volumes}}
     replica = {"restartPolicy": "OnFailure", "template": template}
     replicas: dict[str, Any] = {"Master": {"replicas": 1, **replica}}
     if job.nodes > 1:

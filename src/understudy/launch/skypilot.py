@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from shlex import join, quote
 from typing import Any
 
@@ -35,7 +36,7 @@ def skypilot_task(job: Submission) -> str:
         resources["accelerators"] = f"{job.accelerator}:{job.gpus_per_node}"
     if job.image is not None:
         resources["image_id"] = f"docker:{job.image}"
-    task: dict[str, Any] = {"name": job.name, "num_nodes": job.nodes, "resources": resources}
+    task: dict[str, Any] = {"name": _task_name(job.name), "num_nodes": job.nodes, "resources": resources}
     variables = dict(job.variables)
     if job.gpus_per_node is not None:
         variables["NPROC_PER_NODE"] = str(job.gpus_per_node)
@@ -44,3 +45,8 @@ def skypilot_task(job: Submission) -> str:
     cd = f"cd -- {quote(job.directory)}\n"
     task["run"] = _RUN.format(port=_PORT, cd=cd, command=join(["understudy", *job.command]))
     return yaml.safe_dump(task, sort_keys=False)
+
+
+def _task_name(name: str) -> str:
+    """As SkyPilot has names."""
+    return "-".join(re.findall("[a-zA-Z0-9]+", name)) or "understudy"

@@ -14,6 +14,8 @@ from understudy.errors import UnderstudyError, UserError
 __all__ = ["follow", "submit_script"]
 
 POLL_SECONDS = 1.0
+SILENCE_SECONDS = 300.0
+"""For a controller that does not answer, until the job is given up."""
 _OVER = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 _LOST = {"NODE_FAIL", "TIMEOUT", "BOOT_FAIL", "DEADLINE", "PREEMPTED"}
 
@@ -26,19 +28,30 @@ def submit_script(script: str) -> str:
         )
     done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"sbatch refused the job: {' '.join(done.stderr.split())}")
+        raise UserError(f"Slurm refused the job: {_told(done.stderr)}.")
     return done.stdout.strip().partition(";")[0]
 
 
-def follow(job: str, say: Callable[[str], None]) -> int:
-    """Gives `say` what the job prints until it is over, however often it starts again; the status it ended with."""
-    position = 0
+def follow(job: str, say: Callable[[str], None], note: Callable[[str], None]) -> int:
+    """Gives `say` what the job prints until it is over, however often it starts again, and `note` what it waits for;
+    the status it ended with. Ctrl-C ends the following alone."""
+    try:
+        return _follow(job, say, note)
+    except KeyboardInterrupt:
+        raise UnderstudyError(f"no longer following job {job}, which goes on; `scancel {job}` stops it.") from None
+
+
+def _follow(job: str, say: Callable[[str], None], note: Callable[[str], None]) -> int:
+    position, waiting = 0, ""
     while True:
         fields = _fields(job)
-        state = fields.get("JobState", "")
+        state, why = fields.get("JobState", ""), fields.get("Reason", "None")
         position = _print_new(Path(fields["StdOut"]), position, say) if "StdOut" in fields else position
         if state in _OVER:
             return _status(state, fields.get("ExitCode", "1:0"))
+        if state == "PENDING" and why not in ("None", waiting):
+            note(f"job {job} waits: Slurm's reason is {why}")
+        waiting = why if state == "PENDING" else ""
         time.sleep(POLL_SECONDS)
 
 
@@ -63,7 +76,18 @@ def _status(state: str, told: str) -> int:
 
 
 def _fields(job: str) -> dict[str, str]:
-    done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
-    if done.returncode:
-        raise UnderstudyError(f"Slurm no longer tells of job {job}: {' '.join(done.stderr.split())}")
-    return dict(re.findall(r"(\w+)=(.*?)(?= [\w:/]+=|$)", done.stdout.strip()))
+    """What Slurm says of a job. A controller that does not answer may be starting again."""
+    deadline = time.monotonic() + SILENCE_SECONDS
+    while True:
+        done = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True)
+        if not done.returncode:
+            return dict(re.findall(r"(\w+)=(.*?)(?= [\w:/]+=|$)", done.stdout.strip()))
+        if time.monotonic() > deadline or "Invalid job id" in done.stderr:
+            raise UnderstudyError(f"Slurm no longer tells of job {job}: {_told(done.stderr)}.")
+        time.sleep(POLL_SECONDS)
+
+
+def _told(errors: str) -> str:
+    """In one line, without the program's name before each."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line.strip()).rstrip(".") for line in errors.splitlines()]
+    return "; ".join(line for line in lines if line) or "it does not say why"

@@ -12,6 +12,8 @@ __all__ = ["Submission"]
 
 _PLAIN = re.compile(r"[\w.,:+=@/\[\]*&|()-]+", re.ASCII)
 
+_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Submission:
@@ -37,6 +39,8 @@ class Submission:
     """How long before the time limit to ask for a checkpoint."""
     image: str | None = None
     accelerator: str | None = None
+    volumes: tuple[tuple[str, str], ...] = ()
+    """Of Kubernetes: each a persistent volume claim, and the path where it is mounted."""
 
     def __post_init__(self) -> None:
         for name, value in {"job-name": self.name, **self.options}.items():
@@ -46,6 +50,9 @@ class Submission:
             raise UserError(f"--log-dir {text!r} has characters that Slurm would take for its own; choose another.")
         if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise UserError(f"--min-nodes {self.min_nodes} is more than --nodes {self.nodes}; make it at most that.")
+        for claim, path in self.volumes:
+            if not _CLAIM.fullmatch(claim) or not path.startswith("/") or ":" in path:
+                raise UserError(f"--volume {claim}:{path} is not CLAIM:/PATH, with the name of a claim of Kubernetes.")
         for text in (self.recipe, self.directory, *self.overrides):
             if "\0" in text:
                 raise UserError(f"{text!r} has a NUL character, which no command line can carry.")
