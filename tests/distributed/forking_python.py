@@ -79,7 +79,7 @@ def forking_python(directory: Path, sshd: Mapping[str, int]) -> Iterator[tuple[P
 
 def _serve(host: int, listening: socket.socket, program: str) -> None:
     """Forks, on the host of the process `host`, whatever comes in, until it is killed."""
-    _enter(host)
+    enter(host)
     sys.executable = program
     fork = multiprocessing.get_context("fork")
     started: dict[int, tuple[BaseProcess, socket.socket]] = {}
@@ -138,7 +138,7 @@ def _run(arguments: Sequence[str], directory: str, variables: dict[str, str], de
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _enter(process: int) -> None:
+def enter(process: int) -> None:
     """Joins the network, the name and the files of another process's host."""
     system = ctypes.CDLL(None, use_errno=True)
     descriptors = [os.open(f"/proc/{process}/ns/{kind}", os.O_RDONLY) for kind in ("net", "uts", "mnt")]

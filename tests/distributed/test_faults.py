@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.faults import STEP, plant
+from tests.distributed.faults import FAULTS, HANG_SECONDS, STEP, plant
 from tests.distributed.forked import run_command
 from tests.distributed.small_run import environment, rows, small_recipe, understudy, write
 from understudy.checkpoint.store import CheckpointStore, verify_checkpoint
@@ -20,36 +20,10 @@ pytestmark = pytest.mark.distributed
 
 RANKS = 3
 EXIT_SECONDS = 10.0
-HANG_SECONDS = 3.0
 
-WHO = rf"rank {{rank}} on {re.escape(host_name())}"
-AFTER = f"after step {STEP - 1}"
-LATE = rf"no rank got on for 3 s: {WHO} (?:after step \d|while training)"
-LOG = r"\S+/logs/rank-{rank}\.log"
-SAID = {
-    "exception": (1, rf"ValueError: planted \({WHO}, {AFTER}; traceback in {LOG}\)"),
-    "exit 0": (5, rf"{WHO} ended with status 0 {AFTER} without saying why; see {LOG}"),
-    "killed": (5, rf"{WHO} was killed by SIGKILL {AFTER} \(most often [^)]+\); its output is in {LOG}"),
-    "out of memory": (
-        4,
-        rf"out of memory: {WHO} ran out of memory, asking for 2\.00 GiB, {AFTER} with strategy ddp .*",
-    ),
-    "full disk": (2, rf"/full/disk: no space is left on the disk; [^(]* \({WHO}, {AFTER}\)"),
-    "connections cut": (5, r"a connection between ranks was lost, and none of them failed before: RuntimeError: \w.*"),
-    "another collective": (5, rf"{LATE} went another way: it entered all_gather as its collective \d+ where .*"),
-    "collective skipped": (1, rf"{WHO} skipped a collective, or entered another one than the others: .*"),
-    "stopped": (5, rf"{LATE} is stopped \(SIGSTOP, or a debugger\);.*"),
-    "lock held": (5, rf"{LATE} cannot run Python: something holds the interpreter's lock, .*"),
-    "asleep": (5, rf"{LATE} has not entered all_reduce \d+, which .*"),
-    "aborted": (5, rf"{WHO} was killed by SIGABRT {AFTER}; its output is in {LOG}"),
-    "sys.exit": (1, rf"SystemExit: 0 \({WHO}, {AFTER}; traceback in {LOG}\)"),
-    "exit 3": (5, rf"{WHO} ended with status 3 {AFTER} without saying why; see {LOG}"),
-}
-"""The exit status, and the sentence up to the last collectives of all ranks. What comes after the `FIRST` is much like
-one of them, or what `test_hangs` is about."""
 FIRST = 8
-LAST_COLLECTIVES = r"[.;] [lL]ast collectives: [^\n]+\."
-ALL = [(fault, rank) for fault in SAID for rank in range(RANKS)]
+"""Of the faults; the others are much like one of them, or what `test_hangs` is about."""
+ALL = [(fault, rank) for fault in FAULTS for rank in range(RANKS)]
 
 
 def strike(fault: str, rank: int, directory: Path) -> list[str]:
@@ -64,16 +38,14 @@ def strike(fault: str, rank: int, directory: Path) -> list[str]:
     done = run_command(arguments, variables, prepare=partial(plant, fault, rank, note), timeout_seconds=90)
     seconds = time.time() - float(note.read_text())
 
-    status, sentence = SAID[fault]
-    end = r"\." if status == 2 else LAST_COLLECTIVES
-    assert re.fullmatch(f"error: {sentence.format(rank=rank)}{end}\n", done.stderr), done.stderr
-    assert done.returncode == status
+    assert re.fullmatch(f"{FAULTS[fault].line(rank, host_name())}\n", done.stderr), done.stderr
+    assert done.returncode == FAULTS[fault].status
     assert left_over(directory) == []
     assert seconds < EXIT_SECONDS + (HANG_SECONDS if "no rank got on" in done.stderr else 0.0)
     return arguments
 
 
-@pytest.mark.parametrize(("fault", "rank"), [(fault, index % RANKS) for index, fault in enumerate([*SAID][:FIRST])])
+@pytest.mark.parametrize(("fault", "rank"), [(fault, index % RANKS) for index, fault in enumerate([*FAULTS][:FIRST])])
 def test_a_fault_is_told_with_its_rank_and_cause(fault: str, rank: int, tmp_path: Path) -> None:
     strike(fault, rank, tmp_path)
     store = CheckpointStore(tmp_path / "run" / "checkpoints")

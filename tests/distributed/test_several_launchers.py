@@ -7,11 +7,14 @@ import re
 import signal
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.distributed.faults import plant
 from tests.distributed.forked import ForkedCommand, start_command
 from tests.distributed.small_run import environment, read_rows, small_recipe, understudy, write
 from tests.distributed.test_launchers import free_port
@@ -32,14 +35,14 @@ def recipe(tmp_path: Path, **cluster: Any) -> Path:
     return write(small, tmp_path)
 
 
-def start(path: Path, nodes: int = 2) -> list[ForkedCommand]:
-    """`understudy train` on each host."""
+def start(path: Path, nodes: int = 2, prepare: Callable[[], None] | None = None) -> list[ForkedCommand]:
+    """`understudy train` on each host, after `prepare` in its process."""
     place = {"NNODES": str(nodes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for node in range(nodes):
         scratch = Path(tempfile.mkdtemp(prefix="host-", dir=path.parent))
         variables = {**environment(path.parent), **place, "NODE_RANK": str(node)}
-        started.append(start_command(["train", str(path)], variables, scratch))
+        started.append(start_command(["train", str(path)], variables, scratch, prepare=prepare))
     return started
 
 
@@ -92,16 +95,20 @@ def losses_of(directory: Path) -> dict[int, float]:
 def test_a_killed_process_of_another_host_is_named_by_all_and_the_run_goes_on_as_if_nothing_had_been(
     tmp_path: Path, losses: dict[int, float]
 ) -> None:
-    path = recipe(tmp_path, max_restarts=1)
-    hosts = start(path)
+    """Before, a connection is lost, which counts as one start again too."""
+    path = recipe(tmp_path, max_restarts=2)
+    hosts = start(path, prepare=partial(plant, "connections cut", 1, tmp_path / "struck"))
     until_step(hosts, tmp_path, 5)
     os.kill(worker_of(hosts[1]), signal.SIGKILL)
     (status, output, errors), (other, _, _) = ended(hosts)
     assert (status, other) == (0, 0), errors
     assert re.search(
-        r"^lost: rank 1 on \S+ was killed by SIGKILL.*; going on from step \d+ \(restart 1 of 1\)$",
+        r"^lost: rank 1 on \S+ was killed by SIGKILL.*; going on from step \d+ \(restart 2 of 2\)$",
         output,
         re.M,
+    )
+    assert re.search(
+        r"^lost: a connection between ranks was lost, .*; going on from the start \(restart 1", output, re.M
     )
     assert losses_of(tmp_path) == pytest.approx(losses, rel=1e-5)
 

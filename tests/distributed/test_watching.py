@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -93,9 +94,11 @@ def plant_failure() -> None:
 def test_each_process_that_fails_under_torchrun_leaves_its_cause(tmp_path: Path) -> None:
     statuses, said = run_as_torchrun_does(tmp_path, plant_failure)
     assert 0 not in statuses
-    assert [line for text in said for line in text.splitlines() if "error" in line] == [
-        "error: ArithmeticError: planted"
+    assert [line.partition(" on ")[0] for text in said for line in text.splitlines() if "error" in line] == [
+        "error: ArithmeticError: planted (rank 1"
     ]
+    assert "after step 2; traceback in " in said[1]
+    assert re.search(r"; last collectives: all_reduce \d+ (not )?done: rank 1; by last pulses, ", said[1])
     causes = [json.loads((tmp_path / f"run/logs/rank-{rank}.cause.json").read_text()) for rank in range(2)]
     assert [cause["peer_failed"] for cause in causes] == [True, False]
     assert causes[1]["message"] == "ArithmeticError: planted"

@@ -121,6 +121,16 @@ def test_a_host_that_falls_silent_is_lost_by_name() -> None:
     assert str(problem).startswith("host 2 (name2) no longer answers")
 
 
+def test_a_host_that_loses_the_first_one_knows_nothing_of_the_others() -> None:
+    with hosts(3) as groups:
+        share_all(groups, "hello")
+        stop(groups[1])
+        until(lambda: groups[1].trouble(0) is not None)
+        missed = told_outcome(groups[1].lost([2]))
+        first = first_outcome({1: missed}, groups[1].lost([0, 2]))
+    assert str(first) == "host 0 (name0), where all hosts meet, no longer answers host 1 (name1)."
+
+
 def test_after_a_failure_the_others_go_on_without_the_hosts_that_are_lost() -> None:
     with hosts(3) as groups:
         share_all(groups, "hello")

@@ -91,7 +91,9 @@ def test_a_full_disk_is_wrong_input() -> None:
 
 def test_a_failed_collective_points_to_a_peer() -> None:
     gloo = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer")
-    assert cause_of(raised(gloo), rank=0, step=3).peer_failed
+    cause = cause_of(raised(gloo), rank=0, step=3)
+    assert (cause.peer_failed, cause.exit_status) == (True, 5)
+    assert cause.message == "RuntimeError: Connection closed by peer"
     assert cause_of(raised(torch.distributed.DistNetworkError("reset")), rank=0, step=3).peer_failed
     assert not cause_of(raised(RuntimeError("shape")), rank=0, step=3).peer_failed
 

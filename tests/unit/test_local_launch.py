@@ -112,7 +112,7 @@ write_pulse(directory / f"logs/rank-{rank}.pulse.json", Pulse(rank, "a", os.getp
 
 def test_where_all_that_ranks_saw_is_a_failed_collective_a_connection_was_lost(tmp_path: Path) -> None:
     with pytest.raises(FailedRunError, match="a connection between ranks was lost, and none of them failed") as caught:
-        launch(tmp_path, "fail('Connection closed by peer', 1, peer_failed=True)")
+        launch(tmp_path, "fail('Connection closed by peer', 5, peer_failed=True)")
     assert caught.value.exit_status == 5
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "ShortOfMemoryError",
     "Shortage",
     "Standing",
+    "failure_of",
     "first_failure",
     "read_cause",
     "shortage_of",
@@ -43,7 +44,7 @@ class Standing(IntEnum):
     PEER_FAILED = 2
     """A collective failed under a process: most likely another one is the cause."""
     HEARD = 3
-    """It was ended because another host told of a failure."""
+    """It was ended because another host told of a failure, or was missed."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Cause:
     """Optimizer steps done; None before training."""
     traceback: str
     peer_failed: bool
-    """A collective failed under it: most likely another process is the cause."""
+    """A collective failed under it: most likely another process is the cause. Where none is, a connection was lost."""
     micro_batch_tokens: int | None = None
     """Tokens of the largest micro-batch of the step or evaluation that it was at, or had done last."""
     shortage: str | None = None
@@ -205,7 +206,7 @@ def first_failure(
             Standing.PEER_FAILED if cause.peer_failed else Standing.OWN,
             cause.time_seconds,
             rank,
-            _failed(cause, logs[rank], causes),
+            failure_of(cause, logs[rank], causes),
         )
         for rank, cause in causes.items()
     ]
@@ -231,7 +232,9 @@ def shortage_of(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> Shortag
     return Shortage(cause.rank, cause.host, cause.step, cause.step is not None, tokens, cause.shortage, log)
 
 
-def _failed(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> FailedRunError:
+def failure_of(cause: Cause, log: Path, causes: Mapping[int, Cause] = MappingProxyType({})) -> FailedRunError:
+    """The failure that the process which left `cause` means by it. `causes` are what it and its peers left, as far as
+    they are known."""
     if cause.refused:  # the sentence says it all, and is true of all
         return FailedRunError(cause.message, cause.exit_status, refused=True)
     when = "before training" if cause.step is None else f"after step {cause.step}"
@@ -240,7 +243,7 @@ def _failed(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> FailedRunEr
     message = f"{cause.message} ({_name(cause)}, {when}; traceback in {log})"
     if cause.peer_failed:
         message = f"a connection between ranks was lost, and none of them failed before: {message}"
-        return FailedRunError(message, LostProcessError.exit_status, standing=Standing.PEER_FAILED)
+        return FailedRunError(message, cause.exit_status, standing=Standing.PEER_FAILED)
     shortage = shortage_of(cause, log, causes)
     if shortage is not None:
         return ShortOfMemoryError(message, shortage)

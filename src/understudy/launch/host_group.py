@@ -206,8 +206,11 @@ class HostGroup:
 
     def lost(self, nodes: Collection[int]) -> LostHostError:
         """The error of hosts that are lost."""
+        if 0 in nodes:  # without the first host's store nobody knows of the others
+            return self._cut_off()
         names = " and ".join(self.name(node) for node in nodes)
-        return LostHostError(f"{names} no longer answers; the host is down, or its network or launcher is gone.")
+        answer = "answers" if len(nodes) == 1 else "answer"
+        return LostHostError(f"{names} no longer {answer}; the host is down, or its network or launcher is gone.")
 
     def _exchange(self) -> None:
         count = 0

@@ -10,7 +10,7 @@ from understudy.launch.cause import Cause, Misfit, read_cause
 from understudy.launch.pulses import Collective, read_pulse
 from understudy.launch.run_directory import RunDirectory
 
-__all__ = ["LastCollective", "in_words", "last_collectives", "other_ways"]
+__all__ = ["LastCollective", "in_words", "last_collectives", "other_ways", "with_collectives"]
 
 MOST_GROUPS = 6
 """Of ranks that were in the same one; more are not told apart."""
@@ -61,6 +61,11 @@ def in_words(last: Sequence[LastCollective]) -> str:
     if pulses_from is not None and pulses_from < len(said):
         said[pulses_from] = f"by last pulses, {said[pulses_from]}"
     return "; ".join(said)
+
+
+def with_collectives(message: str, last: Sequence[LastCollective]) -> str:
+    """`message`, a sentence, which then tells of them too."""
+    return f"{message.rstrip('.')}; last collectives: {in_words(last)}." if last else message
 
 
 def other_ways(last: Sequence[LastCollective], misfits: Sequence[Misfit]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from understudy.errors import LostHostError, LostProcessError, StoppedError, UnderstudyError, UserError
 from understudy.launch.cause import FailedRunError, Misfit, MisfitError, Shortage, ShortOfMemoryError, Standing
-from understudy.launch.last_collectives import LastCollective, in_words, other_ways
+from understudy.launch.last_collectives import LastCollective, in_words, other_ways, with_collectives
 
 __all__ = ["first_outcome", "told_outcome"]
 
@@ -26,7 +26,7 @@ def told_outcome(error: UnderstudyError | None, last: Sequence[LastCollective] =
         "message": str(error),
         "status": error.exit_status,
         "refused": isinstance(error, FailedRunError) and error.refused,
-        "standing": error.standing if isinstance(error, FailedRunError) else Standing.OWN,
+        "standing": _standing_of(error),
         "begun": not isinstance(error, StoppedError) or error.begun,
         "shortage": shortage,
         "misfits": list(map(asdict, error.misfits)) if isinstance(error, MisfitError) else [],
@@ -47,13 +47,20 @@ def first_outcome(
     last.sort(key=lambda one: one.rank)
     # Clocks of hosts differ: time decides only between failures of the same standing.
     first = min(failed, key=lambda outcome: (_standing(outcome), outcome["time_seconds"]))
+    # Which hosts are lost is known better by now than when the first was missed.
     if lost is not None and _standing(first) != Standing.OWN:
-        return LostHostError(_with_collectives(str(lost), last))
+        return LostHostError(with_collectives(str(lost), last))
     if first["misfits"]:
         misfits = [Misfit(**one) for outcome in failed for one in outcome["misfits"]]
         error = MisfitError(misfits, other_ways(last, misfits))
-        return FailedRunError(_with_collectives(str(error), last), error.exit_status)
+        return FailedRunError(with_collectives(str(error), last), error.exit_status)
     return _error(first, last)
+
+
+def _standing_of(error: UnderstudyError) -> Standing:
+    if isinstance(error, FailedRunError):
+        return error.standing
+    return Standing.HEARD if isinstance(error, LostHostError) else Standing.OWN
 
 
 def _standing(outcome: Mapping[str, Any]) -> int:
@@ -67,14 +74,10 @@ def _error(outcome: Mapping[str, Any], last: Sequence[LastCollective]) -> Unders
         return StoppedError(message, begun=outcome["begun"])
     if status == UserError.exit_status:
         return FailedRunError(message, status, refused=outcome["refused"])
-    message = _with_collectives(message, last)
+    message = with_collectives(message, last)
     if (told := outcome["shortage"]) is not None:
         shortage = Shortage(**{**told, "log": Path(told["log"])})
         return ShortOfMemoryError(message, replace(shortage, last_collectives=in_words(last)))
     if status == LostProcessError.exit_status:
         return LostProcessError(message)
     return FailedRunError(message, status)
-
-
-def _with_collectives(message: str, last: Sequence[LastCollective]) -> str:
-    return f"{message.rstrip('.')}; last collectives: {in_words(last)}." if last else message

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from understudy.devices.detect import detect_machine
 from understudy.errors import OutOfMemoryError, StoppedError, UserError
-from understudy.launch.cause import Cause, write_cause
+from understudy.launch.cause import Cause, failure_of, write_cause
+from understudy.launch.last_collectives import last_collectives, with_collectives
 from understudy.launch.run_claim import Claim, claim_run_directory
 from understudy.launch.run_directory import RunDirectory
 from understudy.launch.signals import noted_signals
@@ -107,6 +108,13 @@ class _Entered:
         _send_output_to(directory.log(rank))
         self._done = True
 
+    def sentence(self, cause: Cause) -> str:
+        """What failed, with the last collective that each rank was in, as far as it told."""
+        failure = failure_of(cause, self._directory.log(cause.rank))
+        if not self._done or failure.exit_status == UserError.exit_status:
+            return str(failure)
+        return with_collectives(str(failure), last_collectives(self._directory, range(self._environment.world_size)))
+
     def note(self, cause: Cause) -> None:
         """Leaves it in the run directory, where that is known to be ours, and is going to stay."""
         if self._done and not cause.refused:
@@ -129,7 +137,7 @@ def _reporter(
         if cause.peer_failed or (stopped and cause.rank != 0) or (cause.refused and not take_back()):
             return
         mark = "" if stopped else "error: "
-        message = cause.message if cause.shortage is None else learn(cause)
+        message = cause.message if stopped else entered.sentence(cause) if cause.shortage is None else learn(cause)
         stream.write("".join(f"{mark}{line}\n" for line in message.splitlines()))
         stream.flush()
         if stopped:

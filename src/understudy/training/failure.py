@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 from understudy.contracts import Batch, GlobalBatch
 from understudy.devices.host_memory import lift_data_limit
-from understudy.errors import OutOfMemoryError, UnderstudyError, UserError, is_full_disk, is_out_of_memory
+from understudy.errors import (
+    LostProcessError,
+    OutOfMemoryError,
+    UnderstudyError,
+    UserError,
+    is_full_disk,
+    is_out_of_memory,
+)
 from understudy.launch.cause import Cause
 from understudy.launch.pulses import Collective
 from understudy.recipe.environment import host_name
@@ -113,7 +120,7 @@ def cause_of(
         rank=rank,
         host=host_name(),
         time_seconds=time.time(),
-        exit_status=1 if known is None else known.exit_status,
+        exit_status=known.exit_status if known is not None else LostProcessError.exit_status if peer_failed else 1,
         message=f"{type(error).__name__}: {_without_advice(_first_line(error))}" if known is None else str(known),
         step=step,
         traceback="".join(traceback.format_exception(error)),
