@@ -59,10 +59,10 @@ test-matrix: $(VENV)/dev.stamp
 test-compat: $(COMPAT)/compat.stamp
 	$(COMPAT)/bin/python -m pytest tests/distributed -m distributed -k conformance
 
-# DeepSpeed before 0.15 calls numactl as it sets up ZeRO-3 on a processor; tests make hosts of their own, with sshd,
-# and a Slurm of them, and check shell scripts.
-SYSTEM_PROGRAMS := numactl ip sshd ssh slurmctld munged shellcheck
-SYSTEM_PACKAGES := numactl iproute2 openssh-server openssh-client slurm-wlm munge shellcheck
+# DeepSpeed before 0.15 calls numactl as it sets up ZeRO-3 on a processor; tests make hosts of their own, with sshd
+# and pdsh, and a Slurm of them, and check shell scripts.
+SYSTEM_PROGRAMS := numactl ip sshd ssh slurmctld munged shellcheck pdsh
+SYSTEM_PACKAGES := numactl iproute2 openssh-server openssh-client slurm-wlm munge shellcheck pdsh
 
 system-packages:
 	@PATH="$$PATH:/usr/sbin:/sbin"; \

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -65,11 +67,29 @@ def accelerate(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
 
 
 def deepspeed(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
-    hostfile = recipe.with_name("hostfile")
-    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in used))
-    place = [f"--hostfile={hostfile}", f"--master_addr={used[0].address}", "--no_ssh"]
+    """It starts what runs on the others over ssh, by pdsh."""
+    if shutil.which("pdsh") is None:
+        assert not os.environ.get("CI")
+        pytest.skip("this machine lacks pdsh (make system-packages)")
+    place = [f"--hostfile={deepspeed_hostfile(recipe, used)}", f"--master_addr={used[0].address}", "--no_ssh_check"]
+    command = [str(made.python), "-m", "deepspeed.launcher.runner", *place]
+    carried = recipe.with_name("carried")
+    carried.write_text(f"UNDERSTUDY_CACHE={recipe.parent / 'cache'}\nOMP_NUM_THREADS=1\n")
+    options = " ".join(f"-o {name}={value}" for name, value in made.ssh_options.items())
+    variables = [f"PDSH_SSH_ARGS_APPEND={options}", f"DS_ENV_FILE={carried}"]
+    return [["env", *variables, *command, "--module", "understudy", "train", str(recipe)]]
+
+
+def deepspeed_on_each(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
+    place = [f"--hostfile={deepspeed_hostfile(recipe, used)}", f"--master_addr={used[0].address}", "--no_ssh"]
     command = [str(made.python), "-m", "deepspeed.launcher.runner", *place]
     return [[*command, f"--node_rank={i}", "--module", "understudy", "train", str(recipe)] for i in range(len(used))]
+
+
+def deepspeed_hostfile(recipe: Path, used: Sequence[Host]) -> Path:
+    hostfile = recipe.with_name("hostfile")
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in used))
+    return hostfile
 
 
 def launch(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
@@ -84,8 +104,10 @@ def launch(recipe: Path, made: Hosts, used: Sequence[Host]) -> Commands:
         pytest.param(torchrun, 2, marks=pytest.mark.matrix),
         (accelerate, 2),
         pytest.param(accelerate, 3, marks=pytest.mark.matrix),
-        (deepspeed, 2),
-        pytest.param(deepspeed, 3, marks=pytest.mark.matrix),
+        (deepspeed, 3),
+        pytest.param(deepspeed, 2, marks=pytest.mark.matrix),
+        (deepspeed_on_each, 2),
+        pytest.param(deepspeed_on_each, 3, marks=pytest.mark.matrix),
         (launch, 3),
         pytest.param(launch, 2, marks=pytest.mark.matrix),
     ],

@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -130,21 +132,102 @@ def fake_ssh(directory: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> N
         ({"transformers": None}, "node1 has transformers not installed, and this host "),
         ({"recipe": None}, "recipe.yaml is not there: node1 must see the same file"),
         ({"directory": None}, "node1 has no directory "),
-        ({"first host": None}, "node2 does not know the name node1"),
     ],
 )
 def test_every_host_that_differs_is_named(
     change: dict[str, str | None], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "recipe.yaml").write_text("a")
-    ours = host_facts(str(tmp_path), "recipe.yaml", "localhost")
-    (tmp_path / "facts").write_text("Welcome\n" + json.dumps({**ours, **change}))
-    fake_ssh(tmp_path, f"cat {tmp_path}/facts", monkeypatch)
+    ours = host_facts(str(tmp_path), "recipe.yaml", "10.0.0.1", "0")
+    changes = [{"machine": machine, **change} for machine in "ab"]
+    lines = refusals(tmp_path, ours, changes, monkeypatch).splitlines()
+    assert said in lines[0]
+    assert len(lines) == len(HOSTS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {"first host": None}, "node2 does not know the name node1"),
+        (
+            {"first host": "127.0.0.1"},
+            {"first host": "127.0.1.1"},
+            "node1 is node2 itself there; list the first host by",
+        ),
+        ({"why the port is not free": "Address already in use"}, {}, "node1 cannot open port 29500, where the hosts"),
+        ({"machine": "m"}, {"machine": "m"}, "node1 and node2 are one host; give it one line"),
+    ],
+)
+def test_hosts_that_do_not_fit_together_are_named(
+    first: dict[str, str | None],
+    second: dict[str, str | None],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ours = host_facts(str(tmp_path), "recipe.yaml", "10.0.0.1", "0")
+    line = refusals(tmp_path, ours, [{"machine": "a", **first}, {"machine": "b", **second}], monkeypatch)
+    assert line.startswith(said)
+    assert "\n" not in line
+
+
+def test_what_only_the_first_host_opens_may_be_in_use_on_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        facts = host_facts(str(tmp_path), "recipe.yaml", "10.0.0.1", str(taken.getsockname()[1]))
+    assert facts["why the port is not free"] == "Address already in use"
+    free = {"why the port is not free": None, "machine": "a"}
+    answers(tmp_path, facts, [free, {}], monkeypatch)
+    check_hosts(launcher(), HOSTS, "recipe.yaml", facts)
+
+
+def refusals(
+    directory: Path,
+    ours: dict[str, str | None],
+    changes: Sequence[dict[str, str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    answers(directory, ours, changes, monkeypatch)
     with pytest.raises(UnfitHostsError) as caught:
         check_hosts(launcher(), HOSTS, "recipe.yaml", ours)
     assert caught.value.exit_status == 2
-    assert said in str(caught.value)
-    assert len(str(caught.value).splitlines()) == len(HOSTS)
+    return str(caught.value)
+
+
+def answers(
+    directory: Path,
+    ours: dict[str, str | None],
+    changes: Sequence[dict[str, str | None]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Has each host answer with our facts, changed."""
+    for host, change in zip(HOSTS, changes):
+        (directory / host.target).write_text("Welcome\n" + json.dumps({**ours, **change}))
+    fake_ssh(
+        directory, f'for word; do [ -f {directory}/"$word" ] && cat {directory}/"$word"; done; exit 0', monkeypatch
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("cluster.nodes=3", "3 hosts, but {file} lists 2; make them the same"),
+        ("cluster.min_nodes=3", "3 hosts at least, but {file} lists 2"),
+        ("cluster.processes=2", "2 processes a host, but {file} has slots=4 for node1"),
+    ],
+)
+def test_a_hostfile_that_contradicts_the_recipe_is_refused_before_any_host_is_asked(
+    override: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "hosts"
+    file.write_text("node1 slots=4\nnode2\n")
+    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    command = ["launch", str(tmp_path / "recipe.yaml"), "--hostfile", str(file), "--dry-run", override]
+    assert exit_status(command) == 2
+    assert said.format(file=file) in capsys.readouterr().err
 
 
 def test_without_the_environment_on_a_host_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +267,9 @@ def test_restarts_count_the_same_whether_the_hosts_or_their_launcher_begins_them
     (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
     (tmp_path / "hosts").write_text("localhost\nnode2\n")
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "facts").write_text(json.dumps(host_facts(str(tmp_path), "recipe.yaml", "localhost")))
+    (tmp_path / "facts").write_text(
+        json.dumps(host_facts(str(tmp_path), "recipe.yaml", "10.0.0.1", "0") | {"machine": None})
+    )
     fake_ssh(tmp_path, HOSTS_THAT_FAIL.format(directory=tmp_path), monkeypatch)
     limits = [f"cluster.max_restarts={most}", "cluster.min_nodes=1"]
     assert exit_status(["launch", "recipe.yaml", "--hostfile", "hosts", *limits]) == 5

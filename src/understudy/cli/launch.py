@@ -48,14 +48,15 @@ def command(
 
     Example: understudy launch recipe.yaml --hostfile hosts strategy=fsdp
     """
-    from understudy.launch.hostfile import read_hostfile
+    from understudy.launch.hostfile import read_hostfile, require_enough
     from understudy.launch.ssh import SshLauncher
     from understudy.launch.ssh_job import launch_over_ssh
     from understudy.recipe.environment import carried_variables
     from understudy.recipe.load import load_recipe
 
-    cluster = load_recipe(recipe, overrides)[0].cluster
-    hosts = read_hostfile(hostfile)
+    loaded, sources = load_recipe(recipe, overrides)
+    cluster, hosts = loaded.cluster, read_hostfile(hostfile)
+    require_enough(hosts, hostfile, cluster, sources)
     shown, secrets = carried_variables()
     launcher = SshLauncher(sys.executable, Path.cwd(), port, ssh_options, shown)
     arguments = [*(["--overwrite"] if overwrite else []), *overrides]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from understudy.errors import UserError
+from understudy.recipe.schema import Cluster
+from understudy.recipe.source_map import SourceMap
 from understudy.recipe.text_file import read_text
 
-__all__ = ["ListedHost", "read_hostfile"]
+__all__ = ["ListedHost", "read_hostfile", "require_enough"]
 
 # Nothing that a shell or ssh could take for more than a name.
 _TARGET = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*@)?[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -49,6 +52,25 @@ def read_hostfile(path: Path) -> tuple[ListedHost, ...]:
     if not found:
         raise UserError(f"it lists no host; {_EXAMPLE}.", file=path)
     return tuple(found.values())
+
+
+def require_enough(hosts: Sequence[ListedHost], path: Path, cluster: Cluster, sources: SourceMap) -> None:
+    """Raises `UserError` at the recipe's key where `hosts`, listed in `path`, are not what a recipe asks for."""
+    if cluster.nodes not in (1, len(hosts)):
+        raise sources.error(
+            "cluster.nodes", f"{cluster.nodes} hosts, but {path} lists {len(hosts)}; make them the same."
+        )
+    if cluster.min_nodes is not None and cluster.min_nodes > len(hosts):
+        raise sources.error(
+            "cluster.min_nodes", f"{cluster.min_nodes} hosts at least, but {path} lists {len(hosts)}; list more."
+        )
+    for host in hosts:
+        if cluster.processes not in ("auto", host.slots) and host.slots is not None:
+            raise sources.error(
+                "cluster.processes",
+                f"{cluster.processes} processes a host, but {path} has slots={host.slots} for {host.name}; leave one "
+                "of the two out.",
+            )
 
 
 def _host(words: list[str], path: Path, number: int) -> ListedHost:

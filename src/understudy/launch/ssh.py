@@ -36,7 +36,9 @@ class SshLauncher:
 
     def check(self, host: ListedHost, recipe: str, first: ListedHost) -> list[str]:
         """Has `host` tell what must be the same on all."""
-        return self._on(host, {}, ["understudy.launch.ssh_facts", str(self.directory), recipe, first.name])
+        return self._on(
+            host, {}, ["understudy.launch.ssh_facts", str(self.directory), recipe, first.name, str(self.port)]
+        )
 
     def run(self, hosts: Sequence[ListedHost], arguments: Sequence[str]) -> list[list[str]]:
         """Has each of `hosts`, in order, run its part of `understudy ARGUMENTS…`."""

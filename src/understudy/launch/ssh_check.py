@@ -22,10 +22,10 @@ SAME = ("understudy", "Python", "torch", "transformers", "deepspeed", "recipe")
 
 
 class UnfitHostsError(UnderstudyError):
-    """Hosts cannot take part: a line for each, with the status of the first."""
+    """Hosts cannot take part: a line for each reason, with the status of the first."""
 
     def __init__(self, errors: Sequence[UnderstudyError]) -> None:
-        super().__init__("\n".join(str(error) for error in errors))
+        super().__init__("\n".join(dict.fromkeys(str(error) for error in errors)))
         self.exit_status = errors[0].exit_status
 
 
@@ -35,16 +35,27 @@ def check_hosts(
     """Asks all of them at once. Raises `UnfitHostsError` where one cannot be reached or differs from `ours`."""
     if shutil.which("ssh") is None:
         raise UserError("there is no ssh here; install OpenSSH's client, or start `understudy train` on each host.")
-    check = partial(_problem, launcher, recipe, hosts[0], ours)
+    ask = partial(_facts, launcher, recipe, hosts[0])
     with ThreadPoolExecutor(min(len(hosts), CONNECTIONS)) as pool:
-        problems = list(pool.map(check, hosts))
-    if found := [problem for problem in problems if problem is not None]:
+        told = dict(zip(hosts, pool.map(ask, hosts)))
+    found: list[UnderstudyError] = []
+    machines: dict[str, ListedHost] = {}
+    for host, theirs in told.items():
+        if isinstance(theirs, UnderstudyError):
+            found.append(theirs)
+        elif (machine := theirs["machine"]) is not None and (other := machines.setdefault(machine, host)) != host:
+            found.append(
+                UserError(f"{other.name} and {host.name} are one host; give it one line, with all of its slots.")
+            )
+        elif (problem := _difference(host, hosts[0], launcher, recipe, ours, theirs)) is not None:
+            found.append(problem)
+    if found:
         raise UnfitHostsError(found)
 
 
-def _problem(
-    launcher: SshLauncher, recipe: str, first: ListedHost, ours: Mapping[str, str | None], host: ListedHost
-) -> UnderstudyError | None:
+def _facts(
+    launcher: SshLauncher, recipe: str, first: ListedHost, host: ListedHost
+) -> Mapping[str, str | None] | UnderstudyError:
     command = launcher.check(host, recipe, first)
     try:
         done = subprocess.run(
@@ -68,7 +79,8 @@ def _problem(
             "environment at the same path."
         )
     # What a shell's start-up files print comes before.
-    return _difference(host, first, launcher, recipe, ours, json.loads(done.stdout[done.stdout.rindex("{") :]))
+    facts: dict[str, str | None] = json.loads(done.stdout[done.stdout.rindex("{") :])
+    return facts
 
 
 def _unreached(host: ListedHost, said: str) -> UnderstudyError:
@@ -86,7 +98,10 @@ def _unreached(host: ListedHost, said: str) -> UnderstudyError:
         return UserError(f"{host.name}: it lets nobody in without a password ({last}); install a key with ssh-copy-id.")
     if "command-line" in said or "Bad configuration option" in said:
         return UserError(f"ssh does not take its options ({last}); correct --ssh-option.")
-    return LostProcessError(f"{host.name} cannot be reached ({last}).")
+    return LostProcessError(
+        f"{host.name} cannot be reached ({last}); see that it is up and that sshd answers there, or take it out of the "
+        "hostfile."
+    )
 
 
 def _difference(
@@ -110,6 +125,19 @@ def _difference(
             f"{host.name} has {name} {there or 'not installed'}, and this host {here or 'none'}; every host needs the "
             "same versions."
         )
-    if theirs["first host"] is None:
+    if host == first:
+        if (why := theirs["why the port is not free"]) is None:
+            return None
+        return UserError(
+            f"{host.name} cannot open port {launcher.port}, where the hosts are to meet ({why}); choose another one "
+            "with --port, or end what uses it."
+        )
+    address = theirs["first host"]
+    if address is None:
         return UserError(f"{host.name} does not know the name {first.name}; list the first host by its address.")
+    if address.startswith("127."):
+        return UserError(
+            f"{first.name} is {host.name} itself there; list the first host by a name or address that leads to it from "
+            "every host."
+        )
     return None

@@ -1,5 +1,5 @@
-"""What must be the same on every host of a run: `python -m understudy.launch.ssh_facts DIRECTORY RECIPE FIRST_HOST`
-prints it as JSON. Imports no torch."""
+"""What must be the same on every host of a run, or must not: `python -m understudy.launch.ssh_facts DIRECTORY RECIPE
+FIRST_HOST PORT` prints it as JSON. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from understudy import __version__
 __all__ = ["host_facts", "main"]
 
 
-def host_facts(directory: str, recipe: str, first_host: str) -> dict[str, str | None]:
-    """Of this host; None for what it lacks. `recipe` is seen from `directory`."""
+def host_facts(directory: str, recipe: str, first_host: str, port: str) -> dict[str, str | None]:
+    """Of this host; None for what it lacks. `recipe` is seen from `directory`; `port` is one that the first host is to
+    open."""
     return {
         "directory": directory if os.path.isdir(directory) else None,  # noqa: PTH112  # as it is spelled
         "Python": platform.python_version(),
@@ -28,6 +29,8 @@ def host_facts(directory: str, recipe: str, first_host: str) -> dict[str, str | 
         "deepspeed": _version("deepspeed"),
         "recipe": _digest(Path(directory, recipe)),
         "first host": _address(first_host),
+        "machine": _machine(),
+        "why the port is not free": _why_not_free(int(port)),
     }
 
 
@@ -54,6 +57,24 @@ def _address(name: str) -> str | None:
         return socket.gethostbyname(name)
     except OSError:
         return None
+
+
+def _machine() -> str | None:
+    """Tells it from every other, containers on one machine included."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {socket.gethostname()}"
+    except OSError:
+        return None
+
+
+def _why_not_free(port: int) -> str | None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            return error.strerror
+    return None
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ def launch_over_ssh(
     """
     with noted_signals() as requests:
         with requests.interruptible():
-            check_hosts(launcher, hosts, recipe, host_facts(str(launcher.directory), recipe, hosts[0].name))
+            ours = host_facts(str(launcher.directory), recipe, hosts[0].name, str(launcher.port))
+            check_hosts(launcher, hosts, recipe, ours)
         least = cluster.min_nodes or len(hosts)
         left, restarts, changes = tuple(hosts), 0, list[str]()
 
