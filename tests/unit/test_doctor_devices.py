@@ -27,6 +27,7 @@ from understudy.diagnosis.checks import (
 from understudy.diagnosis.pairs import pair_rounds
 from understudy.errors import UserError
 from understudy.launch.run_directory import RunDirectory
+from understudy.recipe.environment import host_name
 from understudy.strategies import compiled_operators, deepspeed
 
 pytestmark = pytest.mark.unit
@@ -207,7 +208,8 @@ def test_a_process_that_vanishes_is_named_with_how(tmp_path: Path) -> None:
     body = "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else hang('all-reduce', everyone)"
     finding = tried(tmp_path, body)
     assert finding.status == "broken"
-    assert finding.found.startswith("all-reduce: rank 1 did not get there, rank 1 was killed by SIGKILL")
+    name = f"rank 1 on {host_name()}"
+    assert finding.found.startswith(f"all-reduce: rank 1 did not get there, {name} was killed by SIGKILL")
     assert str(tmp_path) not in finding.found
 
 
