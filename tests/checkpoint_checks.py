@@ -166,6 +166,25 @@ def failed_writer_problems(scratch: Path) -> list[str]:
     return problems + [f"{path.name} is taken for a checkpoint" for path in store.committed()]
 
 
+def unmarked_tensors(scratch: Path, *, background: bool) -> int:
+    """How many more tensors a save writes than it marks. A process group of one must exist."""
+    marks = 0
+
+    def mark() -> None:
+        nonlocal marks
+        marks += 1
+
+    store = CheckpointStore(scratch / "run" / "checkpoints")
+    store.directory.parent.mkdir()
+    strategy = _StateOnly()
+    settings = _settings(store, background=background, keep=1, mark=mark)
+    saver = CheckpointSaver(strategy, settings, 0, 1)  # type: ignore[arg-type]
+    strategy.step = 1
+    saver.save(_progress(1))
+    saver.wait()
+    return len(strategy.layout()) + len(strategy.optimizer_layout()) - marks
+
+
 def unshared_disk_problems(scratch: Path) -> list[str]:
     """A rank that does not see what rank 0 made ends in a sentence. A process group of one must exist."""
     store = CheckpointStore(scratch / "checkpoints")

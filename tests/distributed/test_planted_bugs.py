@@ -13,6 +13,7 @@ from tests.checkpoint_checks import (
     completeness_problems,
     crash_problems,
     failed_writer_problems,
+    unmarked_tensors,
     unshared_disk_problems,
 )
 from tests.exact_resume import STEPS_PER_EPOCH, TOTAL_STEPS, resume_problems
@@ -52,6 +53,11 @@ def test_a_checkpoint_is_committed_once_every_rank_has_written_and_holds_all_of_
 
 def test_a_writer_that_fails_behind_the_loop_is_told_of(tmp_path: Path) -> None:
     assert failed_writer_problems(tmp_path) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_each_tensor_that_a_save_writes_shows_that_it_gets_on(background: bool, tmp_path: Path) -> None:
+    assert unmarked_tensors(tmp_path, background=background) == 0
 
 
 def test_a_host_on_another_disk_is_told_so(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.distributed
 
 def recipe(tmp_path: Path) -> Path:
     small = small_recipe(tmp_path)
-    small |= {"evaluation": {}, "cluster": {"hang_seconds": HANG_SECONDS}}
+    small |= {"evaluation": {}, "cluster": {"processes": 2, "hang_seconds": HANG_SECONDS}}
     small["training"]["max_steps"] = 6
     return write(small, tmp_path)
 

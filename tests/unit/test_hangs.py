@@ -121,6 +121,18 @@ def test_while_ranks_of_this_host_do_not_get_on_those_of_others_count(run: Run) 
     assert run.look(5.0) is not None
 
 
+def test_the_host_of_a_late_rank_speaks_first(run: Run) -> None:
+    """It has the stacks written, and another host's launcher would end the run before."""
+    ahead, behind = {"host": "a"}, {"host": "b", "collectives": ()}
+    run.tell(0, **ahead)
+    run.tell(1, **behind)
+    for second in range(12):
+        run.tell(0, beat=second + 2, **ahead)
+        run.tell(1, beat=second + 2, **behind)
+        assert run.look(1.0) is None
+    assert "rank 1 on b after step 7 has not entered all_reduce 5" in str(run.look(2.0))
+
+
 def test_a_process_that_does_not_come_is_named_after_a_minute(run: Run) -> None:
     run.tell(0, phase=MEETING, step=None, collectives=())
     assert run.beat(0, 59.0, phase=MEETING, step=None, collectives=()) is None

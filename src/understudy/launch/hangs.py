@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.errors import LostProcessError
-from understudy.launch.pulses import PHASES, SAVING, Collective, Pulse, read_pulse
+from understudy.launch.pulses import PHASES, SAVING, Collective, Pulse, beat_seconds, read_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
 
@@ -21,8 +21,8 @@ __all__ = ["HangWatch", "late_ranks", "look_seconds"]
 LOOK_SECONDS = 0.5
 LOOKS_A_SECOND = 200
 """At most so many pulses: on a disk that hosts share each is a question to its server."""
-STILL_SECONDS = 5.0
-"""A pulse comes each second; one that stands still for so long comes from a process that cannot run Python."""
+STILL_BEATS = 5
+"""A process that tells nothing for so long cannot run Python."""
 COME_SECONDS = 60.0
 """Processes may take so long to come, however soon a hang is to be found: they import torch first."""
 GAP_SECONDS = 5.0
@@ -169,7 +169,7 @@ class HangWatch:
 
     def _late(self) -> dict[int, str]:
         """Of those that have come, each with what it did instead of getting on."""
-        pulses, allowed = self._pulses(), min(STILL_SECONDS, self._hang_seconds)
+        pulses, allowed = self._pulses(), min(STILL_BEATS * beat_seconds(len(self._ranks)), self._hang_seconds)
         still = [pulse for rank, pulse in pulses.items() if self._watched - self._beats[rank] >= allowed]
         if still or self._missing():
             return {pulse.rank: _why_still(pulse) for pulse in still}

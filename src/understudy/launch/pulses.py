@@ -11,7 +11,10 @@ from typing import Any
 from understudy.launch.run_directory import replace_file
 
 __all__ = ["LOADING", "MEETING", "PHASES", "SAVING", "STARTING", "TRAINING", "Collective", "Pulse"]
-__all__ += ["read_pulse", "write_pulse"]
+__all__ += ["beat_seconds", "read_pulse", "write_pulse"]
+
+BEATS_A_SECOND = 100
+"""At most, of all processes: on a disk that hosts share each is work for its server."""
 
 STARTING, MEETING, LOADING, TRAINING, SAVING = PHASES = (
     "starting",
@@ -64,6 +67,11 @@ class Pulse:
     entered: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     """By group: the number of each of the last collectives of steps, and when this process entered it, in microseconds
     since the epoch by rank 0's clock."""
+
+
+def beat_seconds(world_size: int) -> float:
+    """Between two pulses of a process."""
+    return max(1.0, world_size / BEATS_A_SECOND)
 
 
 def write_pulse(path: Path, pulse: Pulse) -> None:

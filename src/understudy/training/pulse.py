@@ -12,14 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from understudy.launch.pulses import Collective, Pulse, write_pulse
+from understudy.launch.pulses import Collective, Pulse, beat_seconds, write_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
 from understudy.training.headway import Headway
 
 __all__ = ["REMEMBERED", "beating", "entered_collectives"]
 
-BEAT_SECONDS = 1.0
 REMEMBERED = 128
 """Collectives that the flight recorder is to keep; to ask it for 2,000, its own number, takes 60 ms."""
 SPREAD, GOLDEN = 0.5, 0.618034
@@ -28,10 +27,10 @@ COMPUTING = 0.05
 
 
 @contextmanager
-def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[None]:
+def beating(directory: RunDirectory, rank: int, world_size: int, headway: Headway) -> Iterator[None]:
     """While inside, a thread writes pulses, and SIGUSR2 has all stacks written to a file, by a handler that needs no
     interpreter."""
-    path, ended = directory.pulse(rank), False
+    path, ended, between = directory.pulse(rank), False, beat_seconds(world_size)
 
     def beat() -> None:
         computing, count = _Computing(), 0
@@ -59,7 +58,7 @@ def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[No
             )
             with suppress(OSError):  # a full disk
                 write_pulse(path, pulse)
-            headway.changed.wait(_until_next_beat(now_ns / 1e9))
+            headway.changed.wait(_until_next_beat(now_ns / 1e9, between))
 
     with directory.stacks(rank).open("w", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
@@ -77,11 +76,11 @@ def beating(directory: RunDirectory, rank: int, headway: Headway) -> Iterator[No
                 directory.stacks(rank).unlink(missing_ok=True)
 
 
-def _until_next_beat(now_seconds: float) -> float:
+def _until_next_beat(now_seconds: float, between: float) -> float:
     """Ranks tell at the same time, so that they tell of the same collectives; and not always at the same moment of a
     step, one of which may take as long as this."""
-    beat = int(now_seconds / BEAT_SECONDS) + 1
-    return (beat + SPREAD * (beat * GOLDEN % 1)) * BEAT_SECONDS - now_seconds
+    beat = int(now_seconds / between) + 1
+    return (beat + SPREAD * (beat * GOLDEN % 1)) * between - now_seconds
 
 
 class _Computing:

@@ -94,7 +94,7 @@ def run_worker(
     """
     remember_collectives(REMEMBERED)
     note, headway, stop = StepNote(), Headway(), StopRequest()
-    pulse = beating(RunDirectory(job.run_directory), environment.rank, headway)
+    pulse = beating(RunDirectory(job.run_directory), environment.rank, environment.world_size, headway)
     with ending_on_failure(environment.rank, note, report), stop.noting_signals(), ExitStack() as stack:
         if entered is None:
             stack.enter_context(pulse)
