@@ -9,6 +9,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import pytest
 
 from understudy.cli.main import exit_status
 from understudy.errors import UserError
+from understudy.launch import ssh_keeper, ssh_run
 from understudy.launch.hostfile import ListedHost, read_hostfile
 from understudy.launch.ssh import SshLauncher
 from understudy.launch.ssh_check import UnfitHostsError, check_hosts
@@ -242,17 +244,31 @@ def test_without_ssh_that_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         check_hosts(launcher(), HOSTS, "recipe.yaml", {})
 
 
-HOSTS_THAT_FAIL = """\
+FAKE_HOSTS = """\
 for last; do :; done
 case "$last" in
-*ssh_facts*) cat {directory}/facts; exit 0 ;;
+*ssh_facts*) sed "s/MACHINE/$$/" {directory}/facts; exit 0 ;;
 esac
 echo "$last" >> {directory}/starts
 case "$last" in
-*NODE_RANK=0*) printf 'one\\000\\n\\001two\\n'; exit 255 ;;
+*NODE_RANK=0*) {first} ;;
 esac
-exit 5
+{others}
 """
+
+
+def launch_on_fake_hosts(
+    directory: Path, first: str, others: str, limits: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> int:
+    """The status of `launch` where, in place of two hosts, these lines of shell run."""
+    (directory / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    (directory / "hosts").write_text("node1\nnode2\n")
+    monkeypatch.chdir(directory)
+    facts = host_facts(str(directory), "recipe.yaml", "10.0.0.1", "0")
+    same = {"first host": "10.0.0.1", "machine": "MACHINE", "why the port is not free": None}
+    (directory / "facts").write_text(json.dumps(facts | same))
+    fake_ssh(directory, FAKE_HOSTS.format(directory=directory, first=first, others=others), monkeypatch)
+    return exit_status(["launch", "recipe.yaml", "--hostfile", "hosts", *limits])
 
 
 @pytest.mark.parametrize(("most", "starts"), [(1, ["1"]), (2, ["2", "0"]), (3, ["3", "1"])])
@@ -264,15 +280,38 @@ def test_restarts_count_the_same_whether_the_hosts_or_their_launcher_begins_them
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The first host of each start is lost after one restart by itself."""
-    (tmp_path / "recipe.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
-    (tmp_path / "hosts").write_text("localhost\nnode2\n")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "facts").write_text(
-        json.dumps(host_facts(str(tmp_path), "recipe.yaml", "10.0.0.1", "0") | {"machine": None})
-    )
-    fake_ssh(tmp_path, HOSTS_THAT_FAIL.format(directory=tmp_path), monkeypatch)
     limits = [f"cluster.max_restarts={most}", "cluster.min_nodes=1"]
-    assert exit_status(["launch", "recipe.yaml", "--hostfile", "hosts", *limits]) == 5
+    first = "printf 'one\\000\\n\\001two\\n'; exit 255"
+    assert launch_on_fake_hosts(tmp_path, first, "exit 5", limits, monkeypatch) == 5
     last = [line for line in (tmp_path / "starts").read_text().splitlines() if "NODE_RANK=0" in line]
     assert [re.findall(r"max_restarts=(\d+)", line)[-1] for line in last] == starts
-    assert "localhost: one\nlocalhost: two\n" in capsys.readouterr().out
+    assert "node1: one\nnode1: two\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("status", [0, 75])
+def test_what_the_first_host_ends_with_counts_where_it_went_on_without_another(
+    status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = ["cluster.max_restarts=1", "cluster.min_nodes=1"]
+    assert launch_on_fake_hosts(tmp_path, f"sleep 0.5; exit {status}", "exit 5", limits, monkeypatch) == status
+
+
+def test_a_host_that_has_fallen_silent_is_not_waited_for_once_the_others_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ssh_run, "SILENT_SECONDS", 0.5)
+    monkeypatch.setattr(ssh_run, "SETTLE_SECONDS", 100.0)
+    assert launch_on_fake_hosts(tmp_path, "exit 5", "exec sleep 100", [], monkeypatch) == 5
+    assert "node2: the connection was lost" in capsys.readouterr().err
+
+
+def test_a_keeper_gives_signs_of_life_and_of_restarts(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    keeper = ssh_keeper._Keeper()
+    telling = "from understudy.launch.keeper_note import *; tell_of_restart(); print(cut_off_from_launch())"
+    started = {"stdin": keeper._note.fileno(), "env": {**os.environ, "UNDERSTUDY_KEPT": "1"}}
+    told = subprocess.run([sys.executable, "-c", telling], capture_output=True, check=True, **started)
+    assert told.stdout == b"False\n"
+    now = time.monotonic()
+    for later in (0.0, 0.1, 2.1):
+        keeper._tell(now + later)
+    assert capfdbinary.readouterr().out == b"\0\1\0"

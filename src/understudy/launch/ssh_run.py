@@ -195,13 +195,16 @@ def _raise_outcome(parts: Sequence[_Part], requests: StopRequests) -> None:
     told = [part for part in failed if part.process.returncode != LostProcessError.exit_status]
     if told:
         raise _failure(told[0])
+    # The first host has the last word: it may have gone on without others that were lost, to us or only to it.
+    if parts[0].process.returncode == 0:
+        return
+    if parts[0].process.returncode == STOPPED:
+        raise StoppedError("stopped on request; run again to go on.")
     if lost and (failed or parts[0] in lost or len(order) < len(parts)):
         left = [part.host for part in parts if part not in lost]
         raise LostHostsError([part.host for part in lost], left, parts[0].restarts)
     if failed:
         raise _failure(failed[0])
-    if any(part.process.returncode == STOPPED for part in parts):
-        raise StoppedError("stopped on request; run again to go on.")
     if len(order) < len(parts):
         raise LostProcessError(f"{parts[0].host.name} did not end with the others.")
 
