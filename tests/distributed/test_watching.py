@@ -60,14 +60,19 @@ def run_as_torchrun_does(tmp_path: Path, prepare: Callable[[], None]) -> tuple[l
 
 
 def watchers(tmp_path: Path) -> list[str]:
-    """Processes that watch the run of that directory."""
-    commands = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            commands.append(entry.read_text())
-        except OSError:
-            continue
-    return [command for command in commands if "launch.watching" in command and str(tmp_path) in command]
+    """Processes that watch the run of that directory, and do not end soon."""
+    deadline = time.monotonic() + 10
+    while True:
+        commands = []
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                commands.append(entry.read_text())
+            except OSError:
+                continue
+        left = [command for command in commands if "launch.watching" in command and str(tmp_path) in command]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
 
 
 def test_a_hang_under_torchrun_is_said_and_ends_all_processes(tmp_path: Path) -> None:

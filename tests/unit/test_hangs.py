@@ -11,7 +11,17 @@ import pytest
 from understudy.errors import LostProcessError
 from understudy.launch import hangs
 from understudy.launch.hangs import HangWatch, late_ranks
-from understudy.launch.pulses import LOADING, MEETING, SAVING, STARTING, TRAINING, Collective, Pulse, write_pulse
+from understudy.launch.pulses import (
+    LOADING,
+    MEETING,
+    PROVING,
+    SAVING,
+    STARTING,
+    TRAINING,
+    Collective,
+    Pulse,
+    write_pulse,
+)
 from understudy.launch.run_directory import RunDirectory
 
 NOBODY = 2**22
@@ -51,7 +61,7 @@ def test_nobody_is_late_for_a_collective_that_is_done() -> None:
 def test_without_collectives_a_rank_that_has_not_got_as_far_as_others_is_late() -> None:
     early = [replace(pulse(rank, 1, done=True), collectives=(), phase=MEETING, step=None) for rank in range(3)]
     early[1] = replace(early[1], phase=STARTING)
-    assert late_ranks(early) == {1: "has not got to meeting the others, as rank 0, 2 has"}
+    assert late_ranks(early) == {1: "has not got to meeting the others, as ranks 0, 2 have"}
 
 
 class Run:
@@ -162,6 +172,12 @@ def test_a_rank_that_does_not_end_where_others_have_is_named(run: Run) -> None:
     assert run.look(1.0) is None
     run.directory.pulse(1).unlink()
     assert "rank 0 on a after step 7" in str(run.look(12.0))
+
+
+def test_the_first_rank_is_watched_while_it_proves_the_model_alone(run: Run) -> None:
+    run.tell(0, phase=PROVING)
+    found = run.look(12.0)
+    assert str(found).startswith("no rank got on for 10 s: rank 0 on a after step 7 cannot run Python")
 
 
 def test_time_in_which_the_watcher_was_stopped_does_not_count(run: Run) -> None:

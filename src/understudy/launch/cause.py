@@ -14,7 +14,7 @@ from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
 
-from understudy.errors import LostProcessError, OutOfMemoryError, UnderstudyError, UserError
+from understudy.errors import LostHostError, LostProcessError, OutOfMemoryError, UnderstudyError, UserError
 from understudy.launch.pulses import Collective, Pulse
 from understudy.launch.run_directory import replace_file
 
@@ -31,6 +31,7 @@ __all__ = [
     "first_failure",
     "read_cause",
     "shortage_of",
+    "standing_of",
     "write_cause",
 ]
 
@@ -221,6 +222,13 @@ def first_failure(
             standing = error.standing if isinstance(error, FailedRunError) else Standing.OWN
             candidates.append((standing, end.time_seconds, end.rank, error))
     return min(candidates, key=lambda candidate: candidate[:3])[3]
+
+
+def standing_of(error: UnderstudyError) -> Standing:
+    """Of any error that a run ends with."""
+    if isinstance(error, FailedRunError):
+        return error.standing
+    return Standing.HEARD if isinstance(error, LostHostError) else Standing.OWN
 
 
 def shortage_of(cause: Cause, log: Path, causes: Mapping[int, Cause]) -> Shortage | None:

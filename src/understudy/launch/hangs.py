@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from understudy.errors import LostProcessError
+from understudy.launch.last_collectives import in_ranges
 from understudy.launch.pulses import PHASES, SAVING, Collective, Pulse, beat_seconds, read_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
@@ -59,7 +60,9 @@ def _late_in(group: str, pulses: Sequence[Pulse]) -> dict[int, str]:
     if group.endswith(WORLD):
         behind |= {pulse.rank: "" for pulse in pulses if pulse.rank not in ranks}
     if behind:
-        missed = f"has not entered {next(iter(ahead.values())).name} {foremost}, which {_ranks(ahead)} waits in"
+        wait = "waits" if len(ahead) == 1 else "wait"
+        name = next(iter(ahead.values())).name
+        missed = f"has not entered {name} {foremost}, which {in_ranges(ahead)} {wait} in"
         return {rank: missed + was for rank, was in behind.items()}
     (usual, times), *others = Counter((one.name, one.sizes) for one in ahead.values()).most_common()
     if not others or times == 1:
@@ -77,7 +80,7 @@ def _behind(pulses: Sequence[Pulse]) -> dict[int, str]:
     furthest = max((_place(pulse) for pulse in pulses), default=0)
     ahead = {pulse.rank: pulse for pulse in pulses if _place(pulse) == furthest}
     return {
-        pulse.rank: f"has not got to {PHASES[furthest]}, as {_ranks(ahead)} has"
+        pulse.rank: f"has not got to {PHASES[furthest]}, as {in_ranges(ahead)} {'has' if len(ahead) == 1 else 'have'}"
         for pulse in pulses
         if pulse.rank not in ahead
     }
@@ -158,11 +161,16 @@ class HangWatch:
 
     def _told_of_any(self) -> bool:
         """Whether there is anybody to be watched: who has come to the end tells nothing any more."""
-        return any(self._told.values()) or PHASES[self._furthest] != SAVING
+        return any(self._told.values()) or not self._ending
+
+    @property
+    def _ending(self) -> bool:
+        """Whether those that tell nothing may have come to the end."""
+        return self._furthest >= PHASES.index(SAVING)
 
     def _missing(self) -> list[int]:
         """Those that have not come."""
-        return [] if PHASES[self._furthest] == SAVING else [rank for rank in self._ranks if not self._told.get(rank)]
+        return [] if self._ending else [rank for rank in self._ranks if not self._told.get(rank)]
 
     def _pulses(self) -> dict[int, Pulse]:
         return {rank: pulse for rank, pulse in self._told.items() if pulse is not None}
@@ -180,7 +188,8 @@ class HangWatch:
         self._leave_stacks([pulses[rank] for rank in late] or pulses.values())
         said = [self._sentence(pulses[rank], what) for rank, what in late.items()]
         if missing:
-            said.insert(0, f"{_ranks(missing)} has not come, and there is no sign of it in {self._directory.logs}")
+            have = "has" if len(missing) == 1 else "have"
+            said.insert(0, f"{in_ranges(missing)} {have} not come, and left no sign in {self._directory.logs}")
         if not said:
             waiting = "; ".join(self._sentence(pulse, "") for pulse in list(pulses.values())[:4])
             said = [f"no rank is late; all wait: {waiting}"]
@@ -226,8 +235,3 @@ def _state(process: int) -> str:
 
 def _in_words(one: Collective) -> str:
     return f"collective was {one.name} {one.number}, {'done' if one.done else 'not done'}"
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    listed = sorted(ranks)
-    return f"rank {', '.join(map(str, listed[:8]))}{', …' if len(listed) > 8 else ''}"

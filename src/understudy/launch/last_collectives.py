@@ -10,7 +10,7 @@ from understudy.launch.cause import Cause, Misfit, read_cause
 from understudy.launch.pulses import Collective, read_pulse
 from understudy.launch.run_directory import RunDirectory
 
-__all__ = ["LastCollective", "in_words", "last_collectives", "other_ways", "with_collectives"]
+__all__ = ["LastCollective", "in_ranges", "in_words", "last_collectives", "other_ways", "with_collectives"]
 
 MOST_GROUPS = 6
 """Of ranks that were in the same one; more are not told apart."""
@@ -56,7 +56,7 @@ def in_words(last: Sequence[LastCollective]) -> str:
     for (at_failure, words), ranks in sorted(alike.items(), key=lambda item: (not item[0][0], -len(item[1]))):
         if not at_failure and pulses_from is None:
             pulses_from = len(said)
-        said.append(f"{words}: {_in_ranges(ranks)}")
+        said.append(f"{words}: {in_ranges(ranks)}")
     said = [*said[:MOST_GROUPS], *(["…"] if len(said) > MOST_GROUPS else [])]
     if pulses_from is not None and pulses_from < len(said):
         said[pulses_from] = f"by last pulses, {said[pulses_from]}"
@@ -84,7 +84,7 @@ def other_ways(last: Sequence[LastCollective], misfits: Sequence[Misfit]) -> lis
     return others if len(others) < len(most) else []
 
 
-def _in_ranges(ranks: Iterable[int]) -> str:
+def in_ranges(ranks: Iterable[int]) -> str:
     """Such as `ranks 0-6, 8`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

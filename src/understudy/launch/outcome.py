@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from understudy.errors import LostHostError, LostProcessError, StoppedError, UnderstudyError, UserError
-from understudy.launch.cause import FailedRunError, Misfit, MisfitError, Shortage, ShortOfMemoryError, Standing
+from understudy.launch.cause import (
+    FailedRunError,
+    Misfit,
+    MisfitError,
+    Shortage,
+    ShortOfMemoryError,
+    Standing,
+    standing_of,
+)
 from understudy.launch.last_collectives import LastCollective, in_words, other_ways, with_collectives
 
 __all__ = ["first_outcome", "told_outcome"]
@@ -26,7 +34,7 @@ def told_outcome(error: UnderstudyError | None, last: Sequence[LastCollective] =
         "message": str(error),
         "status": error.exit_status,
         "refused": isinstance(error, FailedRunError) and error.refused,
-        "standing": _standing_of(error),
+        "standing": standing_of(error),
         "begun": not isinstance(error, StoppedError) or error.begun,
         "shortage": shortage,
         "misfits": list(map(asdict, error.misfits)) if isinstance(error, MisfitError) else [],
@@ -55,12 +63,6 @@ def first_outcome(
         error = MisfitError(misfits, other_ways(last, misfits))
         return FailedRunError(with_collectives(str(error), last), error.exit_status)
     return _error(first, last)
-
-
-def _standing_of(error: UnderstudyError) -> Standing:
-    if isinstance(error, FailedRunError):
-        return error.standing
-    return Standing.HEARD if isinstance(error, LostHostError) else Standing.OWN
 
 
 def _standing(outcome: Mapping[str, Any]) -> int:

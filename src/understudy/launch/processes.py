@@ -15,8 +15,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 
-from understudy.errors import StoppedError, UnderstudyError, tells_out_of_memory
-from understudy.launch.cause import Cause, Exit, FailedRunError, Misfit, first_failure, read_cause
+from understudy.errors import LostProcessError, StoppedError, UnderstudyError, tells_out_of_memory
+from understudy.launch.cause import (
+    Cause,
+    Exit,
+    FailedRunError,
+    Misfit,
+    Standing,
+    first_failure,
+    read_cause,
+    standing_of,
+)
 from understudy.launch.control_groups import oom_kills
 from understudy.launch.launcher import NodeCommand
 from understudy.launch.pulses import read_pulse
@@ -30,6 +39,9 @@ POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.3
 """From the first failure until the others are killed: time for the true cause, seen second, to be seen. They are not
 asked first: a request to stop would have them finish a step, in a collective that can never end."""
+KILL_SECONDS = 5.0
+"""For processes that were killed to be gone; those with much memory take a while."""
+KILL_POLL_SECONDS = 0.01
 CAUSE_BYTES = 64 * 2**10
 """A disk with less room free may not have taken the cause that a process left."""
 LAST_WORDS_BYTES = 16 * 2**10
@@ -58,7 +70,8 @@ def run_processes(
     SIGINT, SIGTERM and SIGUSR1 are passed on, once; after that it takes as long as the processes take, or
     until the second signal, which kills them.
 
-    Raises what `first_failure` finds, or else a watcher; `StoppedError` when the processes stopped on request, whoever
+    Raises what a watcher or else `first_failure` finds; `LostProcessError` when a process cannot even be killed;
+    `StoppedError` when the processes stopped on request, whoever
     asked, or a request came before training began; `FailedRunError` with status 1 when they had to be killed.
     """
     directory.logs.mkdir(exist_ok=True)
@@ -71,19 +84,28 @@ def run_processes(
         started: dict[int, subprocess.Popen[bytes]] = {}
         exits: list[Exit] = []
         found: UnderstudyError | None = None
+        left: list[int] = []
         try:
             for command in commands:
                 requests.check()
                 started[command.rank] = _start(command, directory, console=console and command.rank == 0)
             exits, found = _watch(started, requests, directory, watchers)
         finally:
-            _kill(list(started.values()))
+            left = _kill(started)
             if any(process.returncode for process in started.values()):
                 _restore_terminal()
-    if found is not None and all(end.well for end in exits):
-        raise found
-    if len(exits) < len(commands) or any(not end.well for end in exits):
-        raise _outcome(exits, ranks, requests, directory, words)
+    # What was found came before any failure, and may be what a process failed by.
+    if found is not None and (standing_of(found) == Standing.OWN or all(end.well for end in exits)):
+        error: UnderstudyError = found
+    elif len(exits) < len(commands) or any(not end.well for end in exits):
+        error = _outcome(exits, ranks, requests, directory, words)
+    else:
+        return
+    if left:
+        who = " and ".join(f"rank {rank} (process {started[rank].pid})" for rank in left)
+        why = "does not end even when killed: its disk, its network or its device does not answer"
+        raise LostProcessError(f"{str(error).rstrip('.')}; {who} on {host_name()} {why}.") from error
+    raise error
 
 
 def _start(command: NodeCommand, directory: RunDirectory, *, console: bool) -> subprocess.Popen[bytes]:
@@ -151,13 +173,18 @@ def _others_will_end(end: Exit, directory: RunDirectory) -> bool:
     return cause is None or cause.step is not None
 
 
-def _kill(started: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Ends what still runs, their children included."""
-    for process in started:
+def _kill(started: Mapping[int, subprocess.Popen[bytes]]) -> list[int]:
+    """Ends what still runs, their children included. Returns the ranks of those that do not end: what waits in the
+    kernel for a disk or a device cannot be killed."""
+    for process in started.values():
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-    for process in started:
-        process.wait()
+    deadline = time.monotonic() + KILL_SECONDS
+    while left := [rank for rank, process in started.items() if process.poll() is None]:
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(KILL_POLL_SECONDS)
+    return []
 
 
 class _LastWords:

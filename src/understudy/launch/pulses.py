@@ -10,18 +10,19 @@ from typing import Any
 
 from understudy.launch.run_directory import replace_file
 
-__all__ = ["LOADING", "MEETING", "PHASES", "SAVING", "STARTING", "TRAINING", "Collective", "Pulse"]
+__all__ = ["LOADING", "MEETING", "PHASES", "PROVING", "SAVING", "STARTING", "TRAINING", "Collective", "Pulse"]
 __all__ += ["beat_seconds", "read_pulse", "write_pulse"]
 
 BEATS_A_SECOND = 100
 """At most, of all processes: on a disk that hosts share each is work for its server."""
 
-STARTING, MEETING, LOADING, TRAINING, SAVING = PHASES = (
+STARTING, MEETING, LOADING, TRAINING, SAVING, PROVING = PHASES = (
     "starting",
     "meeting the others",
     "loading the model",
     "training",
     "saving the model",
+    "proving the model",
 )
 """Of a process, in order."""
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from understudy.launch.pulses import Collective, Pulse, beat_seconds, write_pulse
+from understudy.launch.pulses import PROVING, Collective, Pulse, beat_seconds, write_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
 from understudy.training.headway import Headway
@@ -39,7 +39,7 @@ def beating(directory: RunDirectory, rank: int, world_size: int, headway: Headwa
             count += 1
             recorded = _recorded()
             collectives, entered = _last_of(recorded), _entered_in_steps(recorded, headway)
-            waits = any(not one.done for one in collectives)
+            waits = headway.phase != PROVING and any(not one.done for one in collectives)
             if computing.since_last() and headway.shown_by_computing and not waits:
                 headway.mark()
             now_ns = time.time_ns() - headway.clock_lead_ns

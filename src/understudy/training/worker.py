@@ -18,7 +18,7 @@ from understudy.data.cache import TokenCache
 from understudy.devices.device import Device, find_device
 from understudy.launch.cause import Cause, write_cause
 from understudy.launch.parent import die_with_parent
-from understudy.launch.pulses import LOADING, MEETING, SAVING, TRAINING
+from understudy.launch.pulses import LOADING, MEETING, PROVING, SAVING, TRAINING
 from understudy.launch.run_directory import RunDirectory
 from understudy.models.isolation import check_isolation
 from understudy.models.tokenizer import load_tokenizer
@@ -105,7 +105,6 @@ def run_worker(
         with (
             process_group(environment, torch_device, device.backend) as world,
             ending_on_failure(environment.rank, note, report),
-            stack,
         ):
             if entered is not None:
                 entered()
@@ -114,7 +113,10 @@ def run_worker(
             headway.clock_lead_ns = clock_lead_ns()
             headway.begin(LOADING)
             trained = _train_and_save(_as_on_rank_0(job), device, torch_device, world, console, note, headway, stop)
+            if environment.rank != 0:
+                stack.close()  # there is nothing more to tell
         if environment.rank == 0:
+            headway.begin(PROVING)
             prove_final_model(job, trained, console)
 
 
