@@ -126,9 +126,9 @@ def test_a_host_that_is_cut_off_is_named_and_left_out_while_enough_are_left(thre
 def test_the_others_go_on_without_the_first_host_as_if_nothing_had_been(three_hosts: Hosts, tmp_path: Path) -> None:
     """It may not go on alone meanwhile, though one host would be enough: there would be two runs."""
     alone = tmp_path / "alone"
-    done = understudy(["train", str(short_recipe(alone, 100)), "cluster.processes=1"], alone)
+    done = understudy(["train", str(short_recipe(alone, 60)), "cluster.processes=1"], alone)
     assert done.returncode == 0, done.stderr
-    recipe = short_recipe(tmp_path / "together", 100)
+    recipe = short_recipe(tmp_path / "together", 60)
     more = ["cluster.max_restarts=1", "cluster.min_nodes=1", "cluster.nodes=3"]
     with launched(recipe, three_hosts, ["hostA", "hostB", "hostC"], more, on=1) as job:
         job.wait_for("hostA: checkpoint: ")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,29 +98,49 @@ def test_a_first_host_that_does_not_come_is_waited_for_and_then_lost(
 
 CLIENT = """\
 import sys
+from datetime import timedelta
+from understudy.errors import LostProcessError
 from understudy.recipe.place import HostEnvironment
-from understudy.training.meeting import _open
+from understudy.training import meeting
 
-store = _open(HostEnvironment(1, 2, None, "127.0.0.1", int(sys.argv[1])))
+port, foreign = map(int, sys.argv[1:])
+store = meeting._open(HostEnvironment(1, 2, None, "127.0.0.1", port))
 print("open", flush=True)
 sys.stdin.readline()
 try:
     store.set("key", "value")
     store.get("key")
 except Exception:
-    sys.exit(7)
+    meeting.STORE_TIMEOUT = timedelta(seconds=0.2)
+    try:
+        meeting._open(HostEnvironment(1, 2, None, "127.0.0.1", foreign))
+    except LostProcessError as error:
+        print(error)
 """
 
 
-def test_a_meeting_place_that_is_gone_is_no_trace_of_torch_s_own_code() -> None:
+def test_a_meeting_place_that_is_gone_or_another_s_is_no_trace_of_torch_s_own_code() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kept = meeting._open(HostEnvironment(0, 2, None, "127.0.0.1", port))
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", CLIENT, str(port)], text=True, **pipes) as client:
-        assert client.stdout is not None
-        assert client.stdout.readline() == "open\n"
-        del kept
-        _, errors = client.communicate("\n", timeout=60)
-    assert (client.returncode, errors) == (7, "")
+    with socket.create_server(("127.0.0.1", 0)) as another:
+        threading.Thread(target=greet, args=(another,), daemon=True).start()
+        arguments = [str(port), str(another.getsockname()[1])]
+        with subprocess.Popen([sys.executable, "-c", CLIENT, *arguments], text=True, **pipes) as client:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "open\n"
+            del kept
+            said, errors = client.communicate("\n", timeout=60)
+    assert errors == ""
+    assert said.startswith(f"127.0.0.1:{arguments[1]} is no meeting place of this job (")
+    assert "see that MASTER_ADDR and MASTER_PORT are the same on every host" in said
+
+
+def greet(server: socket.socket) -> None:
+    """As a service that is none of ours does, until it is closed."""
+    with suppress(OSError):
+        while True:
+            connection, _ = server.accept()
+            connection.sendall(b"220 example.org\r\n")

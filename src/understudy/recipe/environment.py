@@ -45,7 +45,7 @@ __all__ = [
     "set_build_environment",
     "teacher_key",
     "visible_devices",
-    "without_torch_warnings",
+    "without_torch_traces",
 ]
 
 RENDEZVOUS_VARIABLE = "UNDERSTUDY_RENDEZVOUS"
@@ -182,13 +182,13 @@ def processes_per_host() -> int | None:
 
 
 @contextmanager
-def without_torch_warnings() -> Iterator[None]:
-    """torch that is imported inside, for the first time, does not warn from its C++ code."""
+def without_torch_traces() -> Iterator[None]:
+    """torch that is imported inside, for the first time, prints nothing from its C++ code of what it raises."""
     name = "TORCH_CPP_LOG_LEVEL"
     if name in os.environ:
         yield
         return
-    os.environ[name] = "ERROR"
+    os.environ[name] = "FATAL"
     try:
         yield
     finally:

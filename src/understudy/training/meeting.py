@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from understudy.errors import LostProcessError, UserError
 from understudy.launch.host_group import HostGroup, Store
-from understudy.recipe.environment import HostEnvironment, host_name, without_torch_warnings
+from understudy.recipe.environment import HostEnvironment, host_name, without_torch_traces
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
 
@@ -139,7 +139,7 @@ def _open(host: HostEnvironment) -> Store:
                     "the same on every host, or end what uses it."
                 ) from error
 
-    with without_torch_warnings():  # a store that is gone is told by us, not by a trace of torch's own code
+    with without_torch_traces():  # a store that is gone, or is none, is told by us, not by a trace of torch's own code
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     try:
