@@ -24,7 +24,7 @@ LOOKS_A_SECOND = 200
 """At most so many pulses: on a disk that hosts share each is a question to its server."""
 STILL_BEATS = 5
 """A process that tells nothing for so long cannot run Python."""
-COME_SECONDS = 60.0
+COME_SECONDS = 180.0
 """Processes may take so long to come, however soon a hang is to be found: they import torch first."""
 GAP_SECONDS = 5.0
 """Most that counts of the time between two looks: when it was longer the watcher was stopped, with all of its job."""

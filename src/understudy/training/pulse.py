@@ -22,6 +22,8 @@ __all__ = ["REMEMBERED", "beating", "entered_collectives"]
 REMEMBERED = 128
 """Collectives that the flight recorder is to keep; to ask it for 2,000, its own number, takes 60 ms."""
 SPREAD, GOLDEN = 0.5, 0.618034
+FIELDS = {"collective_seq_id", "input_sizes", "process_group", "profiling_name", "retired", "state", "time_created_ns"}
+"""That are read of what the flight recorder tells of a collective."""
 COMPUTING = 0.05
 """Of a core: a process that uses less does nothing but wait."""
 
@@ -100,7 +102,7 @@ class _Computing:
 
 def entered_collectives() -> tuple[Collective, ...]:
     """The last that this process entered of each group, the latest at the end, as the flight recorder of
-    torch.distributed tells; empty where it does not: an older PyTorch, or a recorder that is off."""
+    torch.distributed tells; empty where it does not: a PyTorch that tells otherwise, or a recorder that is off."""
     return _last_of(_recorded())
 
 
@@ -109,7 +111,8 @@ def _recorded() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for recorder in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
         if (dump := getattr(_c10d(), recorder, None)) is not None:
-            found += [entry for entry in json.loads(dump()).get("entries", ()) if not entry.get("is_p2p")]
+            entries = json.loads(dump()).get("entries") or ()
+            found += [entry for entry in entries if entry.keys() >= FIELDS and not entry.get("is_p2p")]
     return sorted(found, key=_time_ns)  # of one group they are sorted
 
 
