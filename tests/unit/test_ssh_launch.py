@@ -315,3 +315,16 @@ def test_a_keeper_gives_signs_of_life_and_of_restarts(capfdbinary: pytest.Captur
     for later in (0.0, 0.1, 2.1):
         keeper._tell(now + later)
     assert capfdbinary.readouterr().out == b"\0\1\0"
+
+
+def test_a_keeper_that_was_held_up_itself_does_not_take_the_connection_for_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    keeper = ssh_keeper._Keeper()
+    reading, writing = os.pipe()
+    monkeypatch.setattr(ssh_keeper, "STDIN", reading)
+    monkeypatch.setattr(ssh_keeper, "SILENCE_SECONDS", 0.0)
+    os.write(writing, b"ALIVE\n")
+    assert not keeper._is_forsaken()
+    os.read(reading, 100)
+    assert keeper._is_forsaken()

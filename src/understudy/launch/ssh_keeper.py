@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import signal
 import subprocess
@@ -100,7 +101,7 @@ class _Keeper:
                         _write(key.data, more)
                 now = time.monotonic()
                 self._tell(now)
-                if self._kill_at is None and self._note.silent_seconds > SILENCE_SECONDS:
+                if self._kill_at is None and self._is_forsaken():
                     self._obey(b"", process)
                 if self._kill_at is not None and now > self._kill_at:
                     _signal(process, signal.SIGKILL)
@@ -109,6 +110,10 @@ class _Keeper:
                     # A process that outlived it may hold its output open.
                     if not any(key.fd != STDIN for key in selector.get_map().values()) or now - ended_at > 1.0:
                         return
+
+    def _is_forsaken(self) -> bool:
+        """Whether nothing was heard for too long, and not for that we were held up ourselves, in writing for one."""
+        return self._note.silent_seconds > SILENCE_SECONDS and not select.select([STDIN], [], [], 0)[0]
 
     def _tell(self, now: float) -> None:
         """Signs of life, and of restarts."""
