@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ SYSTEM = "/usr/sbin:/sbin:/usr/bin:/bin"
 SECONDS = 30.0
 CONFIGURATION = """\
 ClusterName=understudy
+FirstJobId={control}
 SlurmctldHost=localhost
 SlurmctldPort={control}
 SlurmUser={user}
@@ -32,6 +33,7 @@ SlurmdSpoolDir={scratch}/spool-%n
 SlurmctldPidFile={scratch}/slurmctld.pid
 SlurmdPidFile={scratch}/slurmd-%n.pid
 SlurmctldLogFile={scratch}/slurmctld.log
+SlurmctldDebug=debug
 SlurmdLogFile={scratch}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -43,7 +45,6 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 ReturnToService=2
 SlurmdTimeout=5
-KillWait=5
 OverTimeLimit=0
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 JobRequeue=1
@@ -82,23 +83,35 @@ class Slurm:
             time.sleep(0.2)
         return fields
 
+    def is_told(self, words: str, identifier: str) -> bool:
+        """Whether the controller has logged `words` and the job since it last gave hosts to the job."""
+        log = (self.scratch / "slurmctld.log").read_text(errors="replace")
+        begun = log[max(log.rfind(f"{how} JobId={identifier} ") for how in ("Allocate", "Started")) :]
+        return any(words in line and f"JobId={identifier}" in line.split() for line in begun.splitlines())
+
     def kill_host(self, name: str) -> None:
-        """Ends a host's slurmd and all it started, as a crash of the host does."""
-        pid = self.daemons[name].pid
-        self.daemons[name].kill()
+        """Ends a host's slurmd and all it started, as a crash of the host does: none tells of another's end."""
+        found = list(self._processes())
+        tasks = {pid: parent for pid, parent, of_host in found if of_host == name}
+        managers = {pid for pid, _, _ in found if pid in tasks.values() and _command(pid).startswith("slurmstepd")}
+        _kill({self.daemons[name].pid, *tasks, *managers})
         self.daemons[name].wait()
-        victims = set()
+
+    def kill_rest(self) -> None:
+        """Ends what is left of jobs."""
+        _kill({pid for pid, _, _ in self._processes() if _command(pid).startswith("slurmstepd")})
+
+    def _processes(self) -> Iterator[tuple[int, int, str]]:
+        """Those of this cluster, each with its parent and, where it belongs to one, its host."""
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                environment = (entry / "environ").read_bytes().split(b"\0")
+                variables = (entry / "environ").read_bytes().decode(errors="replace").split("\0")
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
-            ours = f"SLURM_CONF={self.scratch / 'slurm.conf'}".encode() in environment
-            if ours and f"SLURMD_NODENAME={name}".encode() in environment and int(entry.name) != pid:
-                victims.add(int(entry.name))
-        for victim in victims:
-            with suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
+            if f"SLURM_CONF={self.scratch / 'slurm.conf'}" in variables:
+                named = [text.partition("=")[2] for text in variables if text.startswith("SLURMD_NODENAME=")]
+                yield int(entry.name), parent, named[0] if named else ""
 
     def start_host(self, name: str) -> None:
         self.daemons[name] = _start(["slurmd", "-D", "-N", name], self.environment, self.scratch / f"{name}.out")
@@ -168,9 +181,24 @@ def _stop(made: Slurm) -> None:
     for name in ("n1", "n2"):
         if name in made.daemons and made.daemons[name].poll() is None:
             made.kill_host(name)
+    made.kill_rest()
     for daemon in made.daemons.values():
         daemon.kill()
         daemon.wait()
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text()
+    except OSError:
+        return ""
 
 
 def _free_ports(count: int) -> list[int]:

@@ -106,6 +106,17 @@ def test_scripts_with_hostile_names_pass_the_shells_own_checkers(kind: str, name
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable() and not set(name) & set('"\\%')])
+def test_losses_are_noted_in_a_log_directory_of_any_name(tmp_path: Path, name: str) -> None:
+    logs = tmp_path / "work" / name
+    logs.mkdir(parents=True)
+    job = submission(directory=str(logs.parent), log_directory=str(logs), max_restarts=1)
+    done = run_script(slurm_script(job), tmp_path, 5)
+    assert (done.returncode, done.stderr) == (5, b"")
+    assert [path.name for path in logs.iterdir()] == ["slurm-12345.losses"]
+    assert list(logs.parent.iterdir()) == [logs]
+
+
 @pytest.mark.parametrize("name", ["a;b", "$(x)", "a\nb", "a b", "'", '"', "#x"])
 def test_what_a_directive_cannot_hold_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="could misread"):

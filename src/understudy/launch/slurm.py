@@ -23,6 +23,7 @@ cancelled=
 trap 'cancelled=1' TERM
 trap : USR1
 
+# Another job may have had the number.
 losses={losses}
 [ "${{SLURM_RESTART_COUNT:-0}}" -gt 0 ] || rm -f -- "$losses"
 nodes=$SLURM_JOB_NUM_NODES
