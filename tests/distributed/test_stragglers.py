@@ -47,7 +47,7 @@ def said_of_three_ranks(tmp_path: Path, strategy: str, steps: int, prepare: Call
 
 
 def check_named(tmp_path: Path, strategy: str, slow_rank: int) -> None:
-    said = said_of_three_ranks(tmp_path, strategy, 45, partial(plant, slow_rank, 0.1))
+    said = said_of_three_ranks(tmp_path, strategy, 45, partial(plant, slow_rank, 0.05))
     assert len(said) == 1
     found = re.fullmatch(
         rf"rank {slow_rank} on \S+ is slow: the others wait ([\d.]+) s for it in each step of ([\d.]+) s", said[0]

@@ -15,7 +15,7 @@ from understudy.launch.run_directory import RunDirectory
 
 __all__ = ["StragglerWatch"]
 
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 1.0
 SLICE_SECONDS, SLICE_STEPS = 2.0, 3
 """A slice of time is at least so long, and so many steps."""
 SLICES = 5
