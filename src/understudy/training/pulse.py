@@ -31,7 +31,7 @@ COMPUTING = 0.05
 @contextmanager
 def beating(directory: RunDirectory, rank: int, world_size: int, headway: Headway) -> Iterator[None]:
     """While inside, a thread writes pulses, and SIGUSR2 has all stacks written to a file, by a handler that needs no
-    interpreter."""
+    interpreter. What is in that file stays: after a restart a user wants to know where the last start hung."""
     path, ended, between = directory.pulse(rank), False, beat_seconds(world_size)
 
     def beat() -> None:
@@ -62,7 +62,7 @@ def beating(directory: RunDirectory, rank: int, world_size: int, headway: Headwa
                 write_pulse(path, pulse)
             headway.changed.wait(_until_next_beat(now_ns / 1e9, between))
 
-    with directory.stacks(rank).open("w", encoding="utf-8") as stacks:
+    with directory.stacks(rank).open("a", encoding="utf-8") as stacks:
         faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
         thread = threading.Thread(target=beat, name="pulse", daemon=True)
         thread.start()
