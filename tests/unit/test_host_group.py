@@ -60,6 +60,30 @@ def nothing() -> None:
     pass
 
 
+def test_another_number_of_hosts_is_refused_on_each() -> None:
+    store = FakeStore()
+    first = HostGroup(store, 0, 3, "a", lambda _: None)
+    second = HostGroup(store, 1, 2, "b", lambda _: None)
+    try:
+        for group in (first, second):
+            with pytest.raises(UserError, match=r"^NNODES is \d on host \d \(.\), but \d on host \d \(.\); make it"):
+                group.share("x", 1, nothing)
+    finally:
+        second.close()
+        first.close()
+
+
+def test_two_launchers_with_one_number_are_refused() -> None:
+    store = FakeStore()
+    with hosts(2, store) as [_, one]:
+        other = HostGroup(store, 1, 2, "other", lambda _: None)
+        try:
+            with pytest.raises(UserError, match=r"^NODE_RANK=1 is told to two launchers, here on .* own\.$"):
+                one.share("never said by host 0", 1, nothing)
+        finally:
+            other.close()
+
+
 def share_all(groups: list[HostGroup], name: str) -> list[dict[int, object]]:
     """Each says its number; all but the last one say it ahead."""
     for group in groups[:-1]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,46 @@ def test_a_first_host_that_does_not_come_is_waited_for_and_then_lost(
         ):
             pytest.fail("it should not have met")
     assert said[0].startswith("waiting for the first host at 127.0.0.1:")
+
+
+def test_a_name_that_is_not_known_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "NAMELESS_SECONDS", 0.2)
+    monkeypatch.setattr(meeting, "RETRY_SECONDS", 0.01)
+    place = HostEnvironment(1, 2, None, "no.such.host.invalid", 29500)
+    with (
+        pytest.raises(UserError, match=r"MASTER_ADDR=no.such.host.invalid is the name of no host that is known here"),
+        meet(place, recipe_with(tmp_path), SourceMap(), lambda _: None),
+    ):
+        pytest.fail("it should not have met")
+
+
+@pytest.mark.parametrize("address", ["192.0.2.1", "no.such.host.invalid"])
+def test_an_address_that_does_not_lead_to_the_first_host_is_refused_there(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "REACH_SECONDS", 0.2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (
+        pytest.raises(UserError, match=rf"NODE_RANK=0 is the first host, but MASTER_ADDR={address} does not lead to"),
+        meet(HostEnvironment(0, 2, None, address, port), recipe_with(tmp_path), SourceMap(), lambda _: None),
+    ):
+        pytest.fail("it should not have met")
+
+
+def test_a_service_that_never_answers_is_no_meeting_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "STORE_TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(meeting, "REACH_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = HostEnvironment(1, 2, None, "127.0.0.1", silent.getsockname()[1])
+        with (
+            pytest.raises(LostProcessError, match=r"is no meeting place of this job \(what is there does not answer"),
+            meet(place, recipe_with(tmp_path), SourceMap(), lambda _: None),
+        ):
+            pytest.fail("it should not have met")
 
 
 CLIENT = """\

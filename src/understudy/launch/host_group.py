@@ -8,6 +8,7 @@ gone holds up nobody.
 from __future__ import annotations
 
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -55,8 +56,9 @@ class Group(Protocol):
 
     def share(self, name: str, value: Any, check: Callable[[], None], *, tolerant: bool = False) -> dict[int, Any]:
         """What each member said under `name`, this one `value` (JSON), once all have; `check` is called meanwhile and
-        may raise. Raises `FailedRunError` when another host gave up, `LostHostError` when one was lost; with
-        `tolerant`, for after a failure, those are left out in place of that, and not waited for as long."""
+        may raise. Raises `UserError` when hosts disagree on how many and which they are, `FailedRunError` when another
+        one gave up, `LostHostError` when one was lost; with `tolerant`, for after a failure, those are left out in
+        place of that, and not waited for as long."""
         ...
 
     def drop(self, lost: Collection[int]) -> None:
@@ -113,11 +115,13 @@ class HostGroup:
         self._store = store
         self._say = say
         self._lock = threading.Lock()
-        self._said: dict[str, Any] = {"name": name}
+        self._said: dict[str, Any] = {"name": name, "nodes": nodes, "token": secrets.token_hex(8)}
         self._heard: dict[int, dict[str, Any]] = {node: self._said}
         self._moved = dict.fromkeys(range(nodes), time.monotonic())
         """When each host's count was last seen to move; our own when the store last answered."""
         self._counts: dict[int, int] = {}
+        self._double: str | None = None
+        """The name of another host that takes itself for this one."""
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._exchange, name="hosts", daemon=True)
         self._thread.start()
@@ -138,6 +142,7 @@ class HostGroup:
         remind_at = began + REMIND_SECONDS
         patience = LOST_WHILE_RUNNING_SECONDS if tolerant else LOST_SECONDS
         while True:
+            self._require_own_place()
             missing = [node for node in self.members if name not in self._heard.get(node, {})]
             gone = [node for node in missing if self._is_gone(node, patience)]
             if not missing or (tolerant and gone == missing):
@@ -154,6 +159,20 @@ class HostGroup:
                 self._say(f"waiting for {', '.join(map(self.name, missing))}")
                 remind_at = time.monotonic() + REMIND_SECONDS
             time.sleep(TICK_SECONDS / 5)
+
+    def _require_own_place(self) -> None:
+        if self._double is not None:
+            raise UserError(
+                f"NODE_RANK={self.node} is told to two launchers, here on {self._said['name']} and on {self._double}; "
+                "give each host a number of its own."
+            )
+        ours = self._said["nodes"]
+        for node in self.members:
+            if (theirs := self._heard.get(node, {}).get("nodes", ours)) != ours:
+                raise UserError(
+                    f"NNODES is {theirs} on {self.name(node)}, but {ours} on {self.name(self.node)}; make it the same "
+                    "on every host."
+                )
 
     def drop(self, lost: Collection[int]) -> None:
         self.members = tuple(node for node in self.members if node not in lost)
@@ -220,6 +239,7 @@ class HostGroup:
             with self._lock:
                 ours = json.dumps({"count": count, "said": self._said})
             try:
+                self._look_for_double()
                 self._store.set(f"understudy host {self.node}", ours)
                 for node in self.members:
                     if node != self.node:
@@ -233,6 +253,13 @@ class HostGroup:
                 if last and (self.node or self._all_left()):  # the first host's store must outlast the others
                     return
             time.sleep(TICK_SECONDS)
+
+    def _look_for_double(self) -> None:
+        key = f"understudy host {self.node}"
+        if self._store.check([key]):
+            said = json.loads(self._store.get(key))["said"]
+            if said["token"] != self._said["token"]:
+                self._double = said["name"]
 
     def _read(self, node: int) -> None:
         key = f"understudy host {node}"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
+import os
+import queue
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,9 +29,12 @@ __all__ = ["introduction", "meet", "prepared_things", "require_alike", "require_
 
 MEETING_SECONDS = 1800.0
 """How long the first host is waited for."""
+NAMELESS_SECONDS = 300.0
+"""How long, where its name is not known: one that is being started may have none yet."""
 REMIND_SECONDS = 30.0
 RETRY_SECONDS = 0.5
 STORE_TIMEOUT = timedelta(seconds=30)
+REACH_SECONDS = 5.0
 PACKAGES = ("understudy", "torch", "transformers", "peft", "deepspeed")
 
 
@@ -36,8 +42,8 @@ PACKAGES = ("understudy", "torch", "transformers", "peft", "deepspeed")
 def meet(host: HostEnvironment, recipe: Recipe, sources: SourceMap, say: Callable[[str], None]) -> Iterator[HostGroup]:
     """This host among those of its job. The first one opens the port where all meet, the others wait for it.
 
-    Raises `UserError` when the recipe is for another number of hosts or the port is in use, `LostProcessError` when the
-    first host does not come.
+    Raises `UserError` when the recipe is for another number of hosts, the port is in use or the address leads nowhere,
+    `LostProcessError` when the first host does not come or is another service.
     """
     asked, least = recipe.cluster.nodes, recipe.cluster.min_nodes
     if asked not in (1, host.nodes):
@@ -107,15 +113,20 @@ def require_same_things(told: Mapping[int, Mapping[str, Any]]) -> None:
 
 def _await(host: HostEnvironment, say: Callable[[str], None]) -> None:
     """Until the first host listens."""
-    began, why = time.monotonic(), ""
+    began = time.monotonic()
     remind_at = began + REMIND_SECONDS
     while True:
         try:
-            socket.create_connection((host.address, host.port), timeout=5).close()
+            socket.create_connection((host.address, host.port), timeout=REACH_SECONDS).close()
             return
         except OSError as error:
-            why = str(error.strerror or error)
+            why, nameless = str(error.strerror or error), isinstance(error, socket.gaierror)
         now = time.monotonic()
+        if nameless and now - began > NAMELESS_SECONDS:
+            raise UserError(
+                f"MASTER_ADDR={host.address} is the name of no host that is known here ({why}); set it to the first "
+                "host's address."
+            )
         if now - began > MEETING_SECONDS:
             raise LostProcessError(
                 f"the first host does not answer at {host.address}:{host.port} ({why}); start the command there with "
@@ -128,29 +139,69 @@ def _await(host: HostEnvironment, say: Callable[[str], None]) -> None:
 
 
 def _open(host: HostEnvironment) -> Store:
-    if host.node == 0:
-        with contextlib.closing(socket.socket()) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", host.port))
-            except OSError as error:
-                raise UserError(
-                    f"MASTER_PORT={host.port} cannot be opened on this host ({error.strerror}); choose another port, "
-                    "the same on every host, or end what uses it."
-                ) from error
-
+    listening = _listen(host) if host.node == 0 else None
     with without_torch_traces():  # a store that is gone, or is none, is told by us, not by a trace of torch's own code
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+    open_store = partial(TCPStore, host.address, host.port, wait_for_workers=False, timeout=STORE_TIMEOUT)
     try:
-        return TCPStore(
-            host.address, host.port, is_master=host.node == 0, wait_for_workers=False, timeout=STORE_TIMEOUT
-        )
-    except RuntimeError as error:  # torch's own names for what goes wrong there
+        if listening is not None:
+            kept: Store = open_store(is_master=True, master_listen_fd=listening.detach())
+            return kept
+        return _in_time(open_store)
+    except (RuntimeError, TimeoutError) as error:  # torch's own names for what goes wrong there
         raise LostProcessError(
             f"{host.address}:{host.port} is no meeting place of this job ({str(error).splitlines()[0]}); see that "
-            "MASTER_ADDR and MASTER_PORT are the same on every host."
+            "MASTER_ADDR and MASTER_PORT are the same on every host, and that nothing else uses the port."
         ) from error
+
+
+def _listen(host: HostEnvironment) -> socket.socket:
+    """On the port where the others come."""
+    try:
+        if socket.has_dualstack_ipv6():
+            listening = socket.create_server(("", host.port), family=socket.AF_INET6, dualstack_ipv6=True)
+        else:
+            listening = socket.create_server(("", host.port))
+    except OSError as error:
+        raise UserError(
+            f"MASTER_PORT={host.port} cannot be opened on this host ({os.strerror(error.errno or 0)}); choose another "
+            "port, the same on every host, or end what uses it: another launcher with NODE_RANK=0, perhaps."
+        ) from error
+    try:
+        socket.create_connection((host.address, host.port), timeout=REACH_SECONDS).close()
+    except OSError as error:
+        listening.close()
+        raise UserError(
+            f"NODE_RANK=0 is the first host, but MASTER_ADDR={host.address} does not lead to this one "
+            f"({error.strerror or error}); set MASTER_ADDR to an address of this host, or NODE_RANK to its number."
+        ) from error
+    return listening
+
+
+def _in_time(open_store: Callable[[], Store]) -> Store:
+    """The store that this opens. Another service may never answer, for which torch's code waits without a limit, and
+    without an ear for signals."""
+    answers: queue.Queue[Store | RuntimeError] = queue.Queue()
+
+    def ask() -> None:
+        try:
+            answers.put(open_store())
+        except RuntimeError as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, name="meeting", daemon=True).start()
+    deadline = time.monotonic() + STORE_TIMEOUT.total_seconds() + REACH_SECONDS  # after what torch has to say
+    while True:
+        try:
+            answer = answers.get(timeout=RETRY_SECONDS)
+        except queue.Empty:
+            if time.monotonic() > deadline:
+                raise TimeoutError("what is there does not answer as one") from None
+        else:
+            if isinstance(answer, RuntimeError):
+                raise answer
+            return answer
 
 
 def _version(package: str) -> str | None:
