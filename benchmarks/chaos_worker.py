@@ -15,7 +15,7 @@ from understudy.checkpoint import saving, store
 from understudy.checkpoint.manifest import MANIFEST
 from understudy.checkpoint.safetensors_writer import SafetensorsWriter
 from understudy.checkpoint.saver import CheckpointSaver
-from understudy.training import worker
+from understudy.training import run, worker
 from understudy.training.hooks import Hook, StepResult
 
 PLAN_VARIABLE = "CHAOS_PLAN"
@@ -111,12 +111,12 @@ def main() -> None:
         (Path(plan["processes"]) / str(pid)).touch()
     if plan["point"] is not None:
         plant(Striker(plan, rank))
-    hooks = worker._hooks
+    hooks = run._hooks
 
     def with_ledger(*arguments: Any) -> list[Hook]:
         return [*hooks(*arguments), Ledger(Path(plan["ledger"]) / f"rank-{rank}.jsonl", plan["attempt"])]
 
-    worker._hooks = with_ledger
+    run._hooks = with_ledger
     worker.main()
 
 

@@ -200,7 +200,7 @@ def _batches(recipe: Path, model: Path, steps: int) -> Iterator[list[Example]]:
     from understudy.recipe.load import load_recipe
     from understudy.training.choosing import choose_as_usual
     from understudy.training.prepare import prepare_job
-    from understudy.training.worker import training_data
+    from understudy.training.run import training_data
 
     loaded, sources = load_recipe(recipe, ())
     resolved = choose_as_usual(loaded, detect_machine(), 1).recipe

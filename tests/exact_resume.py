@@ -39,9 +39,9 @@ from understudy.training import checkpoint_setup, loop
 from understudy.training.hooks import Hook, HookList, StepResult, TrainingState
 from understudy.training.job import Job
 from understudy.training.resume import choose_checkpoint
+from understudy.training.run import training_data
 from understudy.training.seeding import SeedHook
 from understudy.training.stopping import StopRequest
-from understudy.training.worker import training_data
 
 __all__ = ["STEPS_PER_EPOCH", "TOTAL_STEPS", "resume_problems"]
 
@@ -138,7 +138,7 @@ class _Scene:
     def train(
         self, name: str, course: _Course | None = None, *, interrupt_at: int | None = None, lost: bool = False
     ) -> _Course:
-        """One attempt at the run called `name`, put together as `training.start` and `training.worker` do."""
+        """One attempt at the run called `name`, put together as `training.start` and `training.run` do."""
         course = course or _Course()
         recipe = Recipe.model_validate({**self.recipe_values, "output_dir": str(self.root / name)})
         stop = StopRequest()

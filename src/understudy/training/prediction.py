@@ -14,7 +14,7 @@ from understudy.recipe.objectives import Distillation
 from understudy.recipe.schema import FSDP, DeepSpeed, Strategy
 from understudy.training.job import Job
 from understudy.training.planning import find_shapes, hardware_here
-from understudy.training.worker import training_data
+from understudy.training.run import training_data
 
 __all__ = ["predicted_bytes", "with_prediction"]
 

@@ -42,8 +42,8 @@ from understudy.training.existing_adapter import require_same_adapter, require_s
 from understudy.training.hidden_states import map_shapes
 from understudy.training.job import Job
 from understudy.training.pruning import pruned_model
+from understudy.training.run import training_data
 from understudy.training.teaching import find_teachers
-from understudy.training.worker import training_data
 
 __all__ = ["Prepared", "data_preparer", "grown_model", "materialized_model", "prepare_job", "require_fit"]
 
