@@ -116,7 +116,7 @@ FAULTS = {
     "collective skipped": Fault(
         skip_collectives, 1, rf"{WHO} skipped a collective, or entered another one than the others: {WHO} got .*"
     ),
-    "stopped": Fault(stop, 5, rf"{LATE} is stopped \(SIGSTOP, or a debugger\);.*"),
+    "stopped": Fault(stop, 5, rf"{LATE} is stopped \(SIGSTOP, or a debugger\).*"),
     "lock held": Fault(
         lambda _: re.match("(a+)+$", "a" * 64 + "b"),
         5,

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from understudy.errors import LostProcessError
 from understudy.launch import hangs
+from understudy.launch.cause import HangError
 from understudy.launch.hangs import HangWatch, late_ranks
+from understudy.launch.last_collectives import last_collectives
+from understudy.launch.outcome import first_outcome, told_outcome
 from understudy.launch.pulses import (
     LOADING,
     MEETING,
@@ -76,7 +78,7 @@ class Run:
     def tell(self, rank: int, **changes: Any) -> None:
         write_pulse(self.directory.pulse(rank), replace(pulse(rank, 5, done=False), **changes))
 
-    def beat(self, rank: int, seconds: float, **changes: Any) -> LostProcessError | None:
+    def beat(self, rank: int, seconds: float, **changes: Any) -> HangError | None:
         """Has `rank` tell the same again and again, for so long."""
         found = None
         for second in range(round(seconds)):
@@ -84,7 +86,7 @@ class Run:
             found = found or self.look(1.0)
         return found
 
-    def look(self, seconds: float) -> LostProcessError | None:
+    def look(self, seconds: float) -> HangError | None:
         for _ in range(round(seconds * 2)):
             self.now += 0.5
             if (found := self.watch()) is not None:
@@ -111,6 +113,23 @@ def test_ranks_that_do_not_get_on_hang_and_one_without_a_beat_is_named(run: Run)
     assert found is not None
     assert str(found).startswith("no rank got on for 10 s: rank 1 on a after step 7 cannot run Python")
     assert "rank 0 on" not in str(found)
+
+
+def test_a_hang_tells_each_rank_once_by_the_pulses_it_was_found_by(run: Run) -> None:
+    """A rank that stands was some fast steps further than its last pulse; to leave its stacks it goes on from there."""
+    run.tell(1)
+    run.tell(0)
+    assert run.look(0.5) is None
+    ahead = (replace(pulse(0, 90, done=False).collectives[0]),)
+    found = run.beat(0, 12.0, step=48, collectives=ahead)
+    run.tell(1, step=48, collectives=ahead)
+    told = told_outcome(found, last_collectives(run.directory, range(2)))
+    stacks = run.directory.stacks(1)
+    assert str(first_outcome({0: told}, None)) == (
+        "no rank got on for 10 s: rank 1 on a after step 48 cannot run Python: something holds the interpreter's lock, "
+        f"or its disk does not answer (stacks in {stacks}); last collectives: all_reduce 90 not done: rank 0; "
+        "by last pulses, all_reduce 5 not done: rank 1."
+    )
 
 
 @pytest.mark.parametrize("mark", [{"marks": 9}, {"step": 8}, {"collectives": ()}, {"phase": SAVING}])

@@ -148,6 +148,29 @@ def test_the_earliest_cause_wins_over_aborts_that_follow_it() -> None:
     assert str(error).startswith("ValueError: boom (rank 0 on a, before training")
 
 
+@pytest.mark.parametrize(
+    ("step", "saved", "said"),
+    [(48, 40, "after step 60"), (48, 100, "after step 100"), (None, 100, "while loading the model")],
+)
+def test_a_killed_rank_is_named_with_the_newest_step_that_is_known(
+    step: int | None, saved: int, said: str, tmp_path: Path
+) -> None:
+    """Its pulse is up to a second old, in which fast steps go on, and are saved. One that loads has done none."""
+    committed = tmp_path / "checkpoints" / f"step-{saved:08}"
+    committed.mkdir(parents=True)
+    (committed / "COMMITTED").touch()
+    body = f"""
+from understudy.launch.pulses import LOADING, TRAINING, Pulse, write_pulse
+def pulse(rank): return directory / f"logs/rank-{{rank}}.pulse.json"
+step = (60, {step})[rank]
+write_pulse(pulse(rank), Pulse(rank, "a", os.getpid(), 1, TRAINING if step else LOADING, step, 8, ()))
+while rank == 0 or not pulse(0).exists(): time.sleep(0.01)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    with pytest.raises(LostProcessError, match=rf"rank 1 on \S+ was killed by SIGKILL {said} "):
+        launch(tmp_path, body)
+
+
 @pytest.mark.parametrize(("step", "refused"), [(None, True), (3, False)])
 def test_wrong_input_found_before_training_leaves_nothing_to_keep(step: int | None, refused: bool) -> None:
     cause = Cause(0, "a", 10.0, 2, "recipe.yaml:3: no", step, "", peer_failed=False)

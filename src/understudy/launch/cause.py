@@ -15,13 +15,14 @@ from pathlib import Path
 from types import MappingProxyType
 
 from understudy.errors import LostHostError, LostProcessError, OutOfMemoryError, UnderstudyError, UserError
-from understudy.launch.pulses import Collective, Pulse
+from understudy.launch.pulses import PHASES, TRAINING, Collective, Pulse
 from understudy.launch.run_directory import replace_file
 
 __all__ = [
     "Cause",
     "Exit",
     "FailedRunError",
+    "HangError",
     "Misfit",
     "MisfitError",
     "ShortOfMemoryError",
@@ -138,6 +139,11 @@ class ShortOfMemoryError(FailedRunError):
         self.shortage = shortage
 
 
+class HangError(LostProcessError):
+    """No process got on; the message tells the last collective of each rank too, as it was when that was found: they
+    may go on from there before they are killed."""
+
+
 @dataclass(frozen=True)
 class Misfit:
     """That a process got more bytes from a peer than its collective takes, for which gloo ends it."""
@@ -194,13 +200,14 @@ def first_failure(
     logs: Mapping[int, Path],
     starved: Mapping[int, str] = MappingProxyType({}),
     misfits: Mapping[int, Misfit] = MappingProxyType({}),
+    reached: int | None = None,
 ) -> UnderstudyError:
     """The failure that the others follow from.
 
     `exits` are the processes that ended by themselves, `causes` what was left by any, `logs` where each one printed.
-    Of those that vanished, `starved` ran out of memory: what came of it, in words; `misfits` tells of others. That of
-    the least standing wins, of several the earliest; so a process that vanished without a word outranks peers that only
-    saw a collective fail.
+    Of those that vanished, `starved` ran out of memory: what came of it, in words; `misfits` tells of others; `reached`
+    is the last step that processes which trained are known to have done. That of the least standing wins, of several
+    the earliest; so a process that vanished without a word outranks peers that only saw a collective fail.
     """
     candidates: list[tuple[Standing, float, int, UnderstudyError]] = [
         (
@@ -218,7 +225,7 @@ def first_failure(
     ]
     for end in exits:
         if not end.well and end.rank not in causes and end.rank not in misfits:
-            error = _lost(end, logs[end.rank], causes, starved.get(end.rank))
+            error = _lost(end, logs[end.rank], causes, starved.get(end.rank), reached)
             standing = error.standing if isinstance(error, FailedRunError) else Standing.OWN
             candidates.append((standing, end.time_seconds, end.rank, error))
     return min(candidates, key=lambda candidate: candidate[:3])[3]
@@ -258,9 +265,13 @@ def failure_of(cause: Cause, log: Path, causes: Mapping[int, Cause] = MappingPro
     return FailedRunError(message, cause.exit_status)
 
 
-def _lost(end: Exit, log: Path, causes: Mapping[int, Cause], starved: str | None) -> UnderstudyError:
+def _lost(
+    end: Exit, log: Path, causes: Mapping[int, Cause], starved: str | None, reached: int | None
+) -> UnderstudyError:
     # Its pulse may be of a second ago, and where peers say that they were, it was too.
     steps = [None if end.pulse is None else end.pulse.step, *(cause.step for cause in causes.values())]
+    if end.pulse is None or PHASES.index(end.pulse.phase) >= PHASES.index(TRAINING):
+        steps.append(reached)
     step = max((step for step in steps if step is not None), default=None)
     if starved is not None:
         trained = step is not None or not causes  # of one that was alone nobody knows

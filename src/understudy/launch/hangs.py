@@ -8,11 +8,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from understudy.errors import LostProcessError
-from understudy.launch.last_collectives import in_ranges
+from understudy.launch.cause import HangError
+from understudy.launch.last_collectives import LastCollective, in_ranges, with_collectives
 from understudy.launch.pulses import PHASES, SAVING, Collective, Pulse, beat_seconds, read_pulse
 from understudy.launch.run_directory import RunDirectory
 from understudy.recipe.environment import host_name
@@ -121,7 +122,7 @@ class HangWatch:
         self._furthest = 0
         """Place in `PHASES` that any has come to."""
 
-    def __call__(self) -> LostProcessError | None:
+    def __call__(self) -> HangError | None:
         now = self._clock()
         gap = now - self._looked_at
         if gap < self._look_in:
@@ -177,14 +178,26 @@ class HangWatch:
 
     def _late(self) -> dict[int, str]:
         """Of those that have come, each with what it did instead of getting on."""
-        pulses, allowed = self._pulses(), min(STILL_BEATS * beat_seconds(len(self._ranks)), self._hang_seconds)
-        still = [pulse for rank, pulse in pulses.items() if self._watched - self._beats[rank] >= allowed]
+        pulses, still = self._pulses(), self._still()
         if still or self._missing():
-            return {pulse.rank: _why_still(pulse) for pulse in still}
+            return {rank: _why_still(pulses[rank]) for rank in still}
         return late_ranks(list(pulses.values()))
 
-    def _hang(self, late: Mapping[int, str]) -> LostProcessError:
-        pulses, missing = self._pulses(), self._missing()
+    def _still(self) -> list[int]:
+        """Those that have come and no longer tell anything."""
+        allowed = min(STILL_BEATS * beat_seconds(len(self._ranks)), self._hang_seconds)
+        return [rank for rank in self._pulses() if self._watched - self._beats[rank] >= allowed]
+
+    def _hang(self, late: Mapping[int, str]) -> HangError:
+        pulses, missing, still = self._pulses(), self._missing(), self._still()
+        last = [
+            LastCollective(rank, one.host, one.collectives[-1], rank not in still)
+            for rank, one in pulses.items()
+            if one.collectives
+        ]
+        # The last pulses of those are of before they stood; the others came as far with them.
+        furthest = max((one.step for one in pulses.values() if one.step is not None), default=None)
+        pulses |= {rank: replace(pulses[rank], step=furthest) for rank in still if pulses[rank].step is not None}
         self._leave_stacks([pulses[rank] for rank in late] or pulses.values())
         said = [self._sentence(pulses[rank], what) for rank, what in late.items()]
         if missing:
@@ -193,14 +206,13 @@ class HangWatch:
         if not said:
             waiting = "; ".join(self._sentence(pulse, "") for pulse in list(pulses.values())[:4])
             said = [f"no rank is late; all wait: {waiting}"]
-        return LostProcessError(f"no rank got on for {self._hang_seconds:g} s: {'; '.join(said)}.")
+        message = f"no rank got on for {self._hang_seconds:g} s: {'; '.join(said)}."
+        return HangError(with_collectives(message, last))
 
     def _sentence(self, pulse: Pulse, what: str) -> str:
         when = f" while {pulse.phase}" if pulse.step is None else f" after step {pulse.step}"
-        last = pulse.collectives[-1] if pulse.collectives else None
-        was = "" if last is None or "last" in what or "another way" in what else f"; its last {_in_words(last)}"
         stacks = self._directory.stacks(pulse.rank)
-        return f"rank {pulse.rank} on {pulse.host}{when}{' ' + what if what else ''}{was} (stacks in {stacks})"
+        return f"rank {pulse.rank} on {pulse.host}{when}{' ' + what if what else ''} (stacks in {stacks})"
 
     def _leave_stacks(self, pulses: Iterable[Pulse]) -> None:
         here = host_name()

@@ -24,7 +24,7 @@ class LastCollective:
     host: str
     collective: Collective
     at_failure: bool
-    """It told as it failed; else by its last pulse, of up to a second before it was killed."""
+    """It told as it failed, or the run did; else by its last pulse, of up to a second before it was killed or stood."""
 
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> LastCollective:

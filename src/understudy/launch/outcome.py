@@ -11,6 +11,7 @@ from typing import Any
 from understudy.errors import LostHostError, LostProcessError, StoppedError, UnderstudyError, UserError
 from understudy.launch.cause import (
     FailedRunError,
+    HangError,
     Misfit,
     MisfitError,
     Shortage,
@@ -39,6 +40,7 @@ def told_outcome(error: UnderstudyError | None, last: Sequence[LastCollective] =
         "shortage": shortage,
         "misfits": list(map(asdict, error.misfits)) if isinstance(error, MisfitError) else [],
         "last_collectives": list(map(asdict, last)),
+        "tells_them": isinstance(error, HangError),
         "time_seconds": time.time(),
     }
 
@@ -76,7 +78,8 @@ def _error(outcome: Mapping[str, Any], last: Sequence[LastCollective]) -> Unders
         return StoppedError(message, begun=outcome["begun"])
     if status == UserError.exit_status:
         return FailedRunError(message, status, refused=outcome["refused"])
-    message = with_collectives(message, last)
+    if not outcome["tells_them"]:
+        message = with_collectives(message, last)
     if (told := outcome["shortage"]) is not None:
         shortage = Shortage(**{**told, "log": Path(told["log"])})
         return ShortOfMemoryError(message, replace(shortage, last_collectives=in_words(last)))

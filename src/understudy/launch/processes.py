@@ -20,6 +20,7 @@ from understudy.launch.cause import (
     Cause,
     Exit,
     FailedRunError,
+    HangError,
     Misfit,
     Standing,
     first_failure,
@@ -104,7 +105,8 @@ def run_processes(
     if left:
         who = " and ".join(f"rank {rank} (process {started[rank].pid})" for rank in left)
         why = "does not end even when killed: its disk, its network or its device does not answer"
-        raise LostProcessError(f"{str(error).rstrip('.')}; {who} on {host_name()} {why}.") from error
+        kind = HangError if isinstance(error, HangError) else LostProcessError
+        raise kind(f"{str(error).rstrip('.')}; {who} on {host_name()} {why}.") from error
     raise error
 
 
@@ -265,7 +267,15 @@ def _failure(
             f"needs {CAUSE_BYTES:,} to say why); free some, or choose another output_dir.{kept}"
         )
         return FailedRunError(message, 2, refused=not _has_trained(directory))
-    return first_failure(failed, causes, {rank: directory.log(rank) for rank in ranks}, starved, misfits)
+    logs, reached = {rank: directory.log(rank) for rank in ranks}, _reached(directory, ranks)
+    return first_failure(failed, causes, logs, starved, misfits, reached)
+
+
+def _reached(directory: RunDirectory, ranks: Sequence[int]) -> int | None:
+    """The last step that any of `ranks` told of, or that has a checkpoint: a pulse may be many fast steps old."""
+    pulses = [read_pulse(directory.pulse(rank)) for rank in ranks]
+    told = [pulse.step for pulse in pulses if pulse is not None and pulse.step is not None]
+    return max([*told, *directory.committed_steps()]) if told else None
 
 
 def _ended_by_signal(requests: StopRequests, directory: RunDirectory) -> UnderstudyError:
@@ -285,7 +295,7 @@ def _has_trained(directory: RunDirectory) -> bool:
 
 
 def _has_checkpoint(directory: RunDirectory) -> bool:
-    return any((directory.path / "checkpoints").glob("*/COMMITTED"))
+    return bool(directory.committed_steps())
 
 
 def _restore_terminal() -> None:

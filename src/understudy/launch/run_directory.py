@@ -30,6 +30,7 @@ OWNED = (
 """Every name a run writes, apart from the marker and checkpoints; `--overwrite` removes these and nothing else."""
 
 CHECKPOINTS = "checkpoints"
+_COMMITTED = re.compile(r"step-(\d{8,})")
 _CHECKPOINT = re.compile(r"step-\d{8,}(\..*)?")
 """A checkpoint, or what is left of one."""
 
@@ -114,6 +115,11 @@ class RunDirectory:
         """Makes the unproven model the final one."""
         self.unproven_model.rename(self.model)
         remove_path(self.previous_model)
+
+    def committed_steps(self) -> list[int]:
+        """Steps whose checkpoints are complete."""
+        found = [_COMMITTED.fullmatch(marker.parent.name) for marker in self.checkpoints.glob("*/COMMITTED")]
+        return [int(name[1]) for name in found if name is not None]
 
     @property
     def recorded_resume(self) -> str | None:
