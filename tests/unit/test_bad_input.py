@@ -200,6 +200,11 @@ def test_more_processes_than_devices_are_refused(
     assert "command line: 3 processes are more than the 2 devices" in refusal(capsys, RECIPE, "cluster.processes=3")
 
 
+def test_more_hosts_than_this_one_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "command line: 2 hosts, but nothing here says which" in refusal(capsys, RECIPE, "cluster.nodes=2")
+    assert "command line: 2 hosts at least, but this is one" in refusal(capsys, RECIPE, "cluster.min_nodes=2")
+
+
 def test_ten_thousand_wrong_keys_are_told_in_a_hundred_lines(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = refusal(capsys, RECIPE + "".join(f"key{i}: 1\n" for i in range(10_000))).splitlines()
     assert len(lines) == 101

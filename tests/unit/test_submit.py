@@ -125,6 +125,31 @@ def test_what_a_directive_cannot_hold_is_refused(name: str) -> None:
         submission(options={"partition": name})
 
 
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [("it's\nmine", "' and a line break"), ('a "b"', 'a space and "'), ("\x1b[0m", "U+001B"), ("é", "é")],
+)
+def test_a_name_that_is_refused_is_told_by_what_is_wrong_and_what_would_do(name: str, has: str) -> None:
+    with pytest.raises(UserError) as refused:
+        submission(name=name)
+    assert str(refused.value) == (
+        f"--job-name has {has}, which the batch system could misread; write it with letters a to z and A to Z, digits, "
+        "and _ . , : + = @ / [ ] * & | ( ) -."
+    )
+    submission(name="azAZ09_.,:+=@/[]*&|()-")
+
+
+@pytest.mark.parametrize("memory", ["12XB", "1.5G", "G", "12Gi", "-1"])
+def test_what_is_no_size_of_memory_is_refused(memory: str) -> None:
+    with pytest.raises(UserError, match=r"--mem \S+ is no size"):
+        slurm_script(submission(options={"mem": memory}))
+
+
+@pytest.mark.parametrize("memory", ["0", "4096", "64G", "64gb"])
+def test_sizes_of_memory_are_passed_on(memory: str) -> None:
+    assert f"#SBATCH --mem={memory}\n" in slurm_script(submission(options={"mem": memory}))
+
+
 @pytest.mark.parametrize("directory", ['"', "a\nb", "%j", "\\"])
 def test_a_log_directory_that_slurm_would_read_otherwise_is_refused(directory: str) -> None:
     with pytest.raises(UserError, match="log-dir"):
@@ -259,6 +284,38 @@ def test_bad_input_ends_with_2_and_a_sentence(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "given", "named"),
+    [
+        ("kubernetes", ("--partition", "p", "--follow"), "--partition and --follow"),
+        ("kubernetes", ("--accelerator", "H100", "--signal-seconds", "120"), "--signal-seconds and --accelerator"),
+        ("skypilot", ("--volume", "c:/p", "--mem", "4G"), "--mem and --volume"),
+        ("slurm", ("--image", "i"), "--image"),
+    ],
+)
+def test_options_that_a_scheduler_has_no_use_for_are_refused_by_name(
+    scheduler: str, given: tuple[str, ...], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    assert exit_status(["submit", str(recipe), "--to", scheduler, *given, "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --to {scheduler} has no use for {named}; ")
+
+
+def test_an_environment_that_is_not_here_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, programs = tmp_path / "r.yaml", tmp_path / "venv" / "bin"
+    recipe.write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\n")
+    asked = ["submit", str(recipe), "--environment", f"venv:{programs.parent}", "--dry-run"]
+    assert exit_status(asked) == 0
+    assert capsys.readouterr().err == (
+        f"note: there is no {programs / 'understudy'} on this host; the job's hosts must have it\n"
+    )
+    programs.mkdir(parents=True)
+    (programs / "understudy").touch()
+    assert exit_status(asked) == 0
+    assert capsys.readouterr().err == ""
 
 
 def stub(directory: Path, name: str, script: str) -> None:

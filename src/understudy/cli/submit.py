@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from understudy.cli.arguments import recipe_arguments
 from understudy.errors import UserError
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
     from understudy.recipe.source_map import SourceMap
 
 _COUNT = click.IntRange(1, 65536)
+_OF_SLURM = (
+    *("min_nodes", "partition", "account", "qos", "time", "mem", "cpus_per_task", "constraint", "exclusive"),
+    *("log_dir", "signal_seconds", "environment", "following"),
+)
+_ONLY_FOR: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(_OF_SLURM, ("slurm",)),
+    "image": ("kubernetes", "skypilot"),
+    "volumes": ("kubernetes",),
+    "accelerator": ("skypilot",),
+}
+"""Options that others than these have no use for."""
 
 
 @click.command
@@ -105,6 +117,7 @@ def command(
     from understudy.launch.submission import Submission
     from understudy.recipe.load import load_recipe
 
+    _refuse_unused(click.get_current_context(), scheduler)
     loaded, sources = load_recipe(recipe, overrides)
     nodes = nodes or loaded.cluster.nodes
     _check_cluster(loaded.cluster, sources, nodes, gpus_per_node)
@@ -137,8 +150,6 @@ def command(
         accelerator=accelerator,
         volumes=tuple((claim, path) for claim, _, path in (volume.partition(":") for volume in volumes)),
     )
-    if volumes and scheduler != "kubernetes":
-        raise UserError(f"--volume is for --to kubernetes; --to {scheduler} has no use for it.")
     text = _text(scheduler, job)
     if scheduler == "kubernetes" and not volumes:
         click.echo("note: without --volume the image must hold recipe and data, and the run is not kept", err=True)
@@ -157,13 +168,32 @@ def command(
     return follow(identifier, click.echo, partial(click.echo, err=True)) if following else 0
 
 
+def _refuse_unused(context: click.Context, scheduler: str) -> None:
+    """Raises `UserError` for options that were given and that `scheduler` has no use for."""
+    unused = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if (name := parameter.name) is not None
+        and scheduler not in _ONLY_FOR.get(name, (scheduler,))
+        and context.get_parameter_source(name) != ParameterSource.DEFAULT
+    ]
+    if unused:
+        it = "it" if len(unused) == 1 else "them"
+        raise UserError(f"--to {scheduler} has no use for {' and '.join(unused)}; leave {it} out.")
+
+
 def _environment(asked: str | None) -> str:
     if asked is None:
         return f"venv:{Path(sys.executable).parent}"
     kind, _, name = asked.partition(":")
     if kind not in ("venv", "conda", "container") or not name:
         raise click.UsageError("--environment must be venv:DIRECTORY, conda:NAME or container:IMAGE.")
-    return f"venv:{Path(name).absolute() / 'bin'}" if kind == "venv" else asked
+    if kind != "venv":
+        return asked
+    programs = Path(name).absolute() / "bin"
+    if not (programs / "understudy").exists():  # its hosts may have another disk
+        click.echo(f"note: there is no {programs / 'understudy'} on this host; the job's hosts must have it", err=True)
+    return f"venv:{programs}"
 
 
 def _make(log_directory: Path) -> None:

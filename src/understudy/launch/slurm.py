@@ -69,14 +69,17 @@ if ! command -v understudy > /dev/null; then
     exit 2
 fi"""
 _NO_LIMIT = re.compile(r"0+|-1|UNLIMITED|INFINITE", re.IGNORECASE)
+_MEMORY = re.compile(r"\d+(?:[KMGT]B?)?", re.ASCII | re.IGNORECASE)
 _LIMIT = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", re.ASCII)
 
 
 def slurm_script(job: Submission) -> str:
     """The whole script, for `sbatch`. Every name in it is quoted; it holds no secret and runs nothing else.
 
-    Raises `UserError` for a time limit that leaves no time before the signal."""
+    Raises `UserError` for a time limit that leaves no time before the signal, and for what is no size of memory."""
     _check_time(job)
+    if (memory := job.options.get("mem")) is not None and not _MEMORY.fullmatch(memory):
+        raise UserError(f"--mem {memory} is no size; write a whole number and K, M, G or T, such as 64G.")
     nodes = str(job.nodes) if job.min_nodes in (None, job.nodes) else f"{job.min_nodes}-{job.nodes}"
     directives: dict[str, str | None] = {
         "job-name": job.name,

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from understudy.errors import UserError
 
 __all__ = ["Submission"]
 
-_PLAIN = re.compile(r"[\w.,:+=@/\[\]*&|()-]+", re.ASCII)
+_PLAIN = re.compile(r"[\w.,:+=@/\[\]*&|()-]", re.ASCII)
+_PLAIN_IN_WORDS = "letters a to z and A to Z, digits, and _ . , : + = @ / [ ] * & | ( ) -"
 
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?", re.ASCII)
 
@@ -44,10 +45,15 @@ class Submission:
 
     def __post_init__(self) -> None:
         for name, value in {"job-name": self.name, **self.options}.items():
-            if value is not None and not _PLAIN.fullmatch(value):
-                raise UserError(f"--{name} {value!r} has characters that the batch system could misread; change it.")
-        if (text := self.log_directory) is not None and (not text.isprintable() or set(text) & set('"\\%')):
-            raise UserError(f"--log-dir {text!r} has characters that Slurm would take for its own; choose another.")
+            if value == "":
+                raise UserError(f"--{name} is empty; write something, or leave it out.")
+            if wrong := [char for char in value or "" if not _PLAIN.match(char)]:
+                raise UserError(
+                    f"--{name} has {_in_words(wrong)}, which the batch system could misread; write it with "
+                    f"{_PLAIN_IN_WORDS}."
+                )
+        if wrong := [char for char in self.log_directory or "" if not char.isprintable() or char in '"\\%']:
+            raise UserError(f"--log-dir has {_in_words(wrong)}, which Slurm would take for its own; choose another.")
         if self.min_nodes is not None and self.min_nodes > self.nodes:
             raise UserError(f"--min-nodes {self.min_nodes} is more than --nodes {self.nodes}; make it at most that.")
         for claim, path in self.volumes:
@@ -61,3 +67,10 @@ class Submission:
     def command(self) -> tuple[str, ...]:
         """What trains, without the program."""
         return ("train", self.recipe, *self.overrides)
+
+
+def _in_words(characters: Sequence[str]) -> str:
+    """On one line."""
+    names = {" ": "a space", "\n": "a line break", "\t": "a tab"}
+    shown = [names.get(char, char if char.isprintable() else f"U+{ord(char):04X}") for char in characters]
+    return " and ".join(dict.fromkeys(shown))

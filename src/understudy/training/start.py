@@ -135,6 +135,8 @@ def _refuse_alone(recipe: Recipe, sources: SourceMap) -> None:
             "`understudy submit`, or on each with NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT set, or set "
             "cluster.nodes=1.",
         )
+    if (least := recipe.cluster.min_nodes) is not None and least > 1:
+        raise sources.error("cluster.min_nodes", f"{least} hosts at least, but this is one alone; leave it out.")
 
 
 def _counts(group: Group, recipe: Recipe, processes: int, requests: StopRequests) -> dict[int, int]:
