@@ -152,6 +152,10 @@ def test_tasks_of_srun_on_several_hosts_stay_processes_where_a_script_happens_to
         ({"NNODES": "none"}, "NNODES is 'none'; it must be a number"),
         ({"NNODES": "0"}, "NNODES=0; it is the number of hosts"),
         ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE=0; it is the number of processes"),
+        (
+            {"NPROC_PER_NODE": "cpu"},
+            "NPROC_PER_NODE=cpu; it is the number of processes a host, 1 or more, or auto or gpu",
+        ),
     ],
 )
 def test_a_place_that_is_told_in_part_or_contradicts_itself_is_refused(

@@ -117,10 +117,12 @@ def asked_processes(env: Mapping[str, str]) -> int | None:
     """NPROC_PER_NODE: processes to start on this host; None where it is not set or leaves the choice."""
     if env.get("NPROC_PER_NODE", "auto") in ("auto", "gpu"):
         return None
-    processes = number(env, "NPROC_PER_NODE")
-    if processes < 1:
-        raise UserError(f"NPROC_PER_NODE={processes}; it is the number of processes a host, 1 or more.")
-    return processes
+    asked = env["NPROC_PER_NODE"]
+    if not asked.isdecimal() or int(asked) < 1:
+        raise UserError(
+            f"NPROC_PER_NODE={asked}; it is the number of processes a host, 1 or more, or auto or gpu for one a device."
+        )
+    return int(asked)
 
 
 def number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
