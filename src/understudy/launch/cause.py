@@ -178,11 +178,7 @@ class MisfitError(FailedRunError):
 def write_cause(path: Path, cause: Cause) -> None:
     """Writes `path` whole or not at all: a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        replace_file(path, json.dumps(asdict(cause), indent=1).encode())
-    except OSError:  # a full disk
-        path.with_name(path.name + ".partial").unlink(missing_ok=True)
-        raise
+    replace_file(path, json.dumps(asdict(cause), indent=1).encode())
 
 
 def read_cause(path: Path) -> Cause | None:
@@ -209,26 +205,16 @@ def first_failure(
     is the last step that processes which trained are known to have done. That of the least standing wins, of several
     the earliest; so a process that vanished without a word outranks peers that only saw a collective fail.
     """
-    candidates: list[tuple[Standing, float, int, UnderstudyError]] = [
-        (
-            Standing.PEER_FAILED if cause.peer_failed else Standing.OWN,
-            cause.time_seconds,
-            rank,
-            failure_of(cause, logs[rank], causes),
-        )
-        for rank, cause in causes.items()
-    ]
-    candidates += [
-        (Standing.ABORTED, end.time_seconds, end.rank, MisfitError([misfits[end.rank]]))
-        for end in exits
-        if end.rank in misfits
+    candidates: list[tuple[float, int, UnderstudyError]] = [
+        (cause.time_seconds, rank, failure_of(cause, logs[rank], causes)) for rank, cause in causes.items()
     ]
     for end in exits:
-        if not end.well and end.rank not in causes and end.rank not in misfits:
+        if end.rank in misfits:
+            candidates.append((end.time_seconds, end.rank, MisfitError([misfits[end.rank]])))
+        elif not end.well and end.rank not in causes:
             error = _lost(end, logs[end.rank], causes, starved.get(end.rank), reached)
-            standing = error.standing if isinstance(error, FailedRunError) else Standing.OWN
-            candidates.append((standing, end.time_seconds, end.rank, error))
-    return min(candidates, key=lambda candidate: candidate[:3])[3]
+            candidates.append((end.time_seconds, end.rank, error))
+    return min(candidates, key=lambda candidate: (standing_of(candidate[2]), *candidate[:2]))[2]
 
 
 def standing_of(error: UnderstudyError) -> Standing:

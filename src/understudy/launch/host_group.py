@@ -50,10 +50,6 @@ class Group(Protocol):
     @property
     def leads(self) -> bool: ...
 
-    def name(self, node: int) -> str:
-        """What to call a host."""
-        ...
-
     def share(self, name: str, value: Any, check: Callable[[], None], *, tolerant: bool = False) -> dict[int, Any]:
         """What each member said under `name`, this one `value` (JSON), once all have; `check` is called meanwhile and
         may raise. Raises `UserError` when hosts disagree on how many and which they are, `FailedRunError` when another
@@ -85,9 +81,6 @@ class Alone:
     node = 0
     members: tuple[int, ...] = (0,)
     leads = True
-
-    def name(self, node: int) -> str:
-        return "this host"
 
     def share(self, name: str, value: Any, check: Callable[[], None], *, tolerant: bool = False) -> dict[int, Any]:
         return {0: value}

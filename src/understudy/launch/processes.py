@@ -43,6 +43,7 @@ asked first: a request to stop would have them finish a step, in a collective th
 KILL_SECONDS = 5.0
 """For processes that were killed to be gone; those with much memory take a while."""
 KILL_POLL_SECONDS = 0.01
+"""They are gone at once as a rule, and who waits for the failure's sentence waits for this."""
 CAUSE_BYTES = 64 * 2**10
 """A disk with less room free may not have taken the cause that a process left."""
 LAST_WORDS_BYTES = 16 * 2**10

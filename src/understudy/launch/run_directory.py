@@ -145,8 +145,12 @@ def keep_rows(metrics: Path, step: int) -> None:
 def replace_file(path: Path, content: bytes) -> None:
     """Writes `path` whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError:  # a full disk
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def move_written(source: Path, target: Path) -> None:

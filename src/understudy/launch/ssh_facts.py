@@ -9,10 +9,10 @@ import platform
 import socket
 import sys
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 
 from understudy import __version__
+from understudy.launch.packages import package_version
 
 __all__ = ["host_facts", "main"]
 
@@ -24,9 +24,9 @@ def host_facts(directory: str, recipe: str, first_host: str, port: str) -> dict[
         "directory": directory if os.path.isdir(directory) else None,  # noqa: PTH112  # as it is spelled
         "Python": platform.python_version(),
         "understudy": __version__,
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
-        "deepspeed": _version("deepspeed"),
+        "torch": package_version("torch"),
+        "transformers": package_version("transformers"),
+        "deepspeed": package_version("deepspeed"),
         "recipe": _digest(Path(directory, recipe)),
         "first host": _address(first_host),
         "machine": _machine(),
@@ -36,13 +36,6 @@ def host_facts(directory: str, recipe: str, first_host: str, port: str) -> dict[
 
 def main() -> None:
     json.dump(host_facts(*sys.argv[1:]), sys.stdout)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _digest(path: Path) -> str | None:

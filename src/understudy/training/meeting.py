@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from understudy.errors import LostProcessError, UserError
 from understudy.launch.host_group import HostGroup, Store
+from understudy.launch.packages import package_version
 from understudy.recipe.environment import HostEnvironment, host_name, without_torch_traces
 from understudy.recipe.schema import Recipe
 from understudy.recipe.source_map import SourceMap
@@ -66,7 +66,7 @@ def introduction(recipe: Recipe, processes: int) -> dict[str, Any]:
     return {
         "name": host_name(),
         "processes": processes,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "recipe": _flat(recipe.model_dump(mode="json", exclude={"cluster"})),
     }
 
@@ -202,13 +202,6 @@ def _in_time(open_store: Callable[[], Store]) -> Store:
             if isinstance(answer, RuntimeError):
                 raise answer
             return answer
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
